@@ -1,0 +1,135 @@
+"""Change events of the Durable Streams State Protocol, and the batches in which they travel.
+
+The published schema knows insert, update and delete. An upsert is written as an update: every client materialises
+an update of an unknown key as a new row (State Protocol, 6).
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, Final
+
+import msgspec
+
+from .errors import UnencodableValue, UsageError
+
+
+class Operation(StrEnum):
+    """What happened to a row."""
+
+    INSERT = "insert"
+    UPDATE = "update"
+    UPSERT = "upsert"
+    DELETE = "delete"
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "ABSENT"
+
+
+ABSENT: Final = _Absent()
+"""No `old_value` at all, as opposed to one that is null."""
+
+TXID_MARKER_TYPE = "$tx"
+
+
+def new_txid() -> str:
+    """A fresh transaction id: a random UUID as text."""
+    return str(uuid.uuid4())
+
+
+def utc_timestamp() -> str:
+    """Now, as RFC 3339 with milliseconds and Z."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangeEvent:
+    """One change message (State Protocol, 4.1). `value` and `old_value` are JSON-ready; see `values`."""
+
+    type: str
+    key: str
+    operation: Operation
+    value: Any = None
+    old_value: Any = ABSENT
+    txid: str | None = None
+    timestamp: str | None = None
+
+    def encode(self) -> bytes:
+        """The event as JSON.
+
+        Raises:
+            UsageError: An empty type or key, or a value missing from an insert or update.
+            UnencodableValue: A value that has no JSON form.
+        """
+        if not self.type or not self.key:
+            raise UsageError("A change event has a type and a key that are not empty (State Protocol, 5.1)")
+        operation = Operation.UPDATE if self.operation is Operation.UPSERT else self.operation
+        message: dict[str, Any] = {"type": self.type, "key": self.key}
+        if operation is not Operation.DELETE:
+            message["value"] = self.value
+        if self.old_value is not ABSENT:
+            message["old_value"] = self.old_value
+        headers: dict[str, str] = {"operation": operation.value}
+        if self.txid is not None:
+            headers["txid"] = self.txid
+        if self.timestamp is not None:
+            headers["timestamp"] = self.timestamp
+        message["headers"] = headers
+        return encode_json(message)
+
+
+def txid_marker(txid: str) -> ChangeEvent:
+    """The event of a transaction that changed nothing, so that a client's `awaitTxId` resolves all the same."""
+    return ChangeEvent(type=TXID_MARKER_TYPE, key=txid, operation=Operation.DELETE, txid=txid, timestamp=utc_timestamp())
+
+
+def encode_json(value: Any) -> bytes:
+    """*value* as JSON bytes.
+
+    Raises:
+        UnencodableValue: Something in it has no JSON form.
+    """
+    try:
+        return msgspec.json.encode(value)
+    except (TypeError, ValueError, msgspec.MsgspecError) as error:
+        raise UnencodableValue(
+            f"{error}. Give plain JSON values, or convert them first (values.to_json_value)"
+        ) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """The events of one transaction for one stream; readers see them all at once.
+
+    Attributes:
+        stream: The stream's name.
+        events: One or more events, each as JSON bytes.
+        txid: The transaction's id.
+        id: Unique; a push that is repeated with the same id is applied once.
+        created_at: Unix time in milliseconds, by the writer's clock; for age and latency figures only.
+        trace: W3C `traceparent` of the writer, when OpenTelemetry is in use.
+    """
+
+    stream: str
+    events: tuple[bytes, ...]
+    txid: str
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created_at: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
+    trace: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the events, without the separators of a frame."""
+        return sum(map(len, self.events))
+
+
+def frame_body(events: Sequence[bytes]) -> bytes:
+    """*events* as the JSON array of one append (protocol, 7.1), byte for byte the same for the same events."""
+    return b"[" + b",".join(events) + b"]"

@@ -1,0 +1,230 @@
+"""Stream names: from streamables to the text that is signed, sent, tested and typed, and on to the path on the wire.
+
+One normaliser, `stream_name_from`, serves every caller, so the name in a token and the name in a request cannot differ.
+It is idempotent: a stream name is itself a streamable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+from urllib.parse import quote, unquote
+
+import sqlalchemy as sa
+from sqlalchemy.orm import InstanceState, Mapper, Session
+
+from .errors import InvalidStreamName, UnknownModelError, UnsavedRecordError
+from .settings import current_settings
+
+Streamable: TypeAlias = Any
+"""A persistent model instance, a plain name, None, or a sequence of those."""
+
+MAX_NAME_LENGTH = 512
+"""Characters in a whole stream name."""
+
+_GID = re.compile(r"gid://([^/]+)/([^/]+)/(.+)", re.DOTALL)
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff?#\\]")
+# pchar of RFC 3986, 3.3, and the slash. A literal percent sign is encoded, so that one decoding gives the name back.
+_PATH_SAFE = "/:@!$&'()*+,;="
+
+
+@dataclass(frozen=True)
+class GID:
+    """The identity of a row, as `gid://<app>/<Model>/<key>[/<key>...]`; every part percent-encoded.
+
+    `GID.parse(str(gid)) == gid` for any text in the parts.
+    """
+
+    app: str
+    model: str
+    key: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "gid://" + "/".join(_encode_part(part) for part in (self.app, self.model, *self.key))
+
+    @classmethod
+    def parse(cls, text: str) -> GID:
+        """Read a gid back.
+
+        Raises:
+            InvalidStreamName: *text* is not a gid.
+        """
+        match = _GID.fullmatch(text)
+        if match is None or not all(match[3].split("/")):
+            raise InvalidStreamName(f"{text!r} is not a gid; one looks like gid://app/Room/1")
+        return cls(unquote(match[1]), unquote(match[2]), tuple(unquote(part) for part in match[3].split("/")))
+
+
+def _encode_part(part: str) -> str:
+    if part == "":
+        raise InvalidStreamName("An empty text is no part of a gid: give the row a primary key that is not empty")
+    if part.strip(".") == "" and len(part) <= 2:
+        # Dots are unreserved, but a segment of one or two of them is navigation (RFC 3986, 5.2.4).
+        return part.replace(".", "%2E")
+    try:
+        return quote(part, safe="")
+    except UnicodeEncodeError as error:
+        raise InvalidStreamName(f"{part!r} holds a lone surrogate and cannot be encoded") from error
+
+
+def gid_name(cls: type) -> str:
+    """The model part of a gid: `__gid_name__` if this very class says so, else the class name."""
+    return str(cls.__dict__.get("__gid_name__", cls.__name__))
+
+
+def gid_of(record: object, *, app: str | None = None) -> GID:
+    """The gid of a persistent, detached or deleted instance. No I/O: the identity is known since its flush.
+
+    Raises:
+        UnsavedRecordError: The instance is transient or pending.
+    """
+    state: InstanceState[Any] = sa.inspect(record)  # type: ignore[assignment]
+    if state.identity is None:
+        raise UnsavedRecordError(
+            f"This {type(record).__name__} has no primary key yet, so it names no stream. "
+            "Flush or commit its session first"
+        )
+    return gid_from_identity(state.mapper, state.identity, app=app)
+
+
+def gid_from_identity(mapper: Mapper[Any], identity: Sequence[Any], *, app: str | None = None) -> GID:
+    """The gid of the row of *mapper* with the primary key *identity*."""
+    return GID(app or current_settings().gid_app, gid_name(mapper.class_), tuple(key_part(part) for part in identity))
+
+
+def key_part(value: object) -> str:
+    """One primary key column's value as text: what `str` gives, but bytes as hex and enums by value."""
+    if isinstance(value, bytes):
+        return value.hex()
+    value = getattr(value, "value", value) if not isinstance(value, str | int) else value
+    return str(value)
+
+
+def stream_name_from(*streamables: Streamable, app: str | None = None) -> str:
+    """The stream name of *streamables*, joined by `/`; the empty string when all of them are blank.
+
+    Nested sequences are flattened; None, "" and empty sequences are dropped. No I/O.
+
+    Args:
+        streamables: Persistent instances, plain names, None, or sequences of those.
+        app: The gid's application; `Settings.gid_app` when None.
+
+    Raises:
+        UnsavedRecordError: An instance without an identity.
+        InvalidStreamName: A name with an empty, `.` or `..` segment, a control character, `?`, `#` or a backslash;
+            a first segment `__ds` (reserved by the protocol); more than 512 characters; or something that is no streamable.
+    """
+    name = "/".join(_parts(streamables, app))
+    if name:
+        validate_stream_name(name)
+    return name
+
+
+def _parts(streamables: Iterable[Streamable], app: str | None) -> Iterator[str]:
+    for streamable in streamables:
+        if streamable is None or streamable == "":
+            continue
+        if isinstance(streamable, str):
+            yield str(streamable)
+        elif isinstance(streamable, list | tuple | set | frozenset) or (
+            isinstance(streamable, Iterable) and not isinstance(streamable, bytes | dict | type)
+        ):
+            yield from _parts(streamable, app)
+        elif isinstance(streamable, GID):
+            yield str(streamable)
+        elif isinstance(sa.inspect(streamable, raiseerr=False), InstanceState):
+            yield str(gid_of(streamable, app=app))
+        else:
+            raise InvalidStreamName(
+                f"{streamable!r} is no streamable. Give a persistent record, a plain name (str), or a sequence of those"
+            )
+
+
+def validate_stream_name(name: str) -> None:
+    """Raise `InvalidStreamName` unless a stream may have this *name*; see `stream_name_from`."""
+    if len(name) > MAX_NAME_LENGTH:
+        raise InvalidStreamName(f"A stream name has at most {MAX_NAME_LENGTH} characters; this one has {len(name)}")
+    unsafe = _UNSAFE.search(name)
+    if unsafe:
+        raise InvalidStreamName(f"{name!r} holds {unsafe[0]!r}: control characters, '?', '#' and '\\' are not allowed")
+    segments = name.split("/")
+    if segments[0] == "__ds":
+        raise InvalidStreamName(f"{name!r} begins with __ds, which the Durable Streams protocol reserves")
+    previous = None
+    for segment in segments:
+        # The double slash of gid:// is the one empty segment there may be.
+        if segment == "" and previous != "gid:":
+            raise InvalidStreamName(f"{name!r} holds an empty segment: no leading, trailing or double slash")
+        if segment in {".", ".."}:
+            raise InvalidStreamName(f"{name!r} holds the segment {segment!r}, which a path would resolve away")
+        previous = segment
+    if segments[-1] == "":
+        raise InvalidStreamName(f"{name!r} ends in a slash")
+
+
+def stream_path(name: str) -> str:
+    """*name* as the path of a request: as written, but for what RFC 3986, 3.3 forbids there, which is percent-encoded.
+
+    One decoding of the path gives the name back, also when the name itself holds a percent sign.
+    """
+    return quote(name, safe=_PATH_SAFE)
+
+
+def shard_of(name: str, shards: int) -> int:
+    """Which of *shards* servers keeps the stream *name*: 0 to shards - 1, the same in every process and release.
+
+    Rendezvous hashing (Thaler and Ravishankar, 1998): a further server takes over its own share and moves nothing else.
+    """
+    if shards == 1:
+        return 0
+    return max(range(shards), key=lambda shard: hashlib.blake2b(f"{shard}:{name}".encode(), digest_size=8).digest())
+
+
+def locate(session: Session, gid: str | GID) -> Any:
+    """Load the row that *gid* names, or None when it is gone. One SELECT at most.
+
+    Raises:
+        InvalidStreamName: Not a gid.
+        UnknownModelError: Another application's gid, a model that is not Broadcastable here, or a key that does not fit.
+    """
+    from .mixin import broadcastable_model  # the models stand on the names, so this looks up late
+
+    parsed = gid if isinstance(gid, GID) else GID.parse(gid)
+    if parsed.app != current_settings().gid_app:
+        raise UnknownModelError(f"{parsed} belongs to the application {parsed.app!r}, not {current_settings().gid_app!r}")
+    model = broadcastable_model(parsed.model)
+    return session.get(model, identity_from(model, parsed))
+
+
+def identity_from(model: type, gid: GID) -> tuple[Any, ...]:
+    """The primary key values in *gid*, as the columns of *model* want them.
+
+    Raises:
+        UnknownModelError: The number or the form of the parts does not fit.
+    """
+    columns = sa.inspect(model).primary_key
+    if len(columns) != len(gid.key):
+        raise UnknownModelError(f"{gid}: {model.__name__} has {len(columns)} primary key columns, not {len(gid.key)}")
+    try:
+        return tuple(_from_text(column.type, part) for column, part in zip(columns, gid.key, strict=True))
+    except (ValueError, ArithmeticError, LookupError) as error:
+        raise UnknownModelError(f"{gid}: the key does not fit {model.__name__}") from error
+
+
+def _from_text(column_type: Any, text: str) -> Any:
+    try:
+        python_type = column_type.python_type
+    except NotImplementedError:
+        return text
+    if python_type is bytes:
+        return bytes.fromhex(text)
+    if python_type is str:
+        return text
+    if hasattr(python_type, "fromisoformat"):
+        return python_type.fromisoformat(text)
+    if getattr(column_type, "enum_class", None) is not None:
+        return column_type.enum_class(text)
+    return python_type(text)

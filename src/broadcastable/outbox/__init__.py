@@ -1,0 +1,202 @@
+"""The outbox: where batches wait, in order, until the stream server has them.
+
+One FIFO of batches for each stream. A claimed frame is *frozen*: whoever claims that stream next, after a crash or
+beside a slow worker, is given the same events under the same producer sequence number until the frame is acked. That
+alone makes delivery exact; the lease only saves work.
+
+    put ──> [batch batch batch …]  claim ──> Frame(epoch, seq, events) ──POST──> ack
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..events import Batch
+
+__all__ = ["Batch", "BatchMark", "Frame", "FrameId", "Outbox", "PendingStream"]
+
+
+@dataclass(frozen=True, slots=True)
+class FrameId:
+    """The idempotent producer's name for one append (Durable Streams protocol, 5.2.1).
+
+    Attributes:
+        producer_id: Stable for one outbox.
+        epoch: Creation time of this stream's outbox state in ms, by the store's own clock; raised when a server knows more.
+        seq: Number of the frame within the epoch, from 0.
+    """
+
+    producer_id: str
+    epoch: int
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchMark:
+    """What a frame remembers of a batch in it: for metrics, traces and the split of a frame that is too large.
+
+    `events` counts those of its events that are in this frame.
+    """
+
+    id: str
+    txid: str
+    events: int
+    created_at: int
+    trace: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One or more batches of a stream, sent as one append.
+
+    Attributes:
+        id: The producer headers.
+        events: At least one event, as JSON bytes, in order.
+        batches: The batches they come from, in order; their event counts add up to `len(events)`.
+        anchor: An offset of the stream known from before this frame was first sent, or None when nothing was ever
+            sent: `Outbox.anchor` is called before the first send, so None proves that there is nothing to look for.
+        begun: An earlier claim was given this very frame, so it may have been sent: look before sending.
+        lease: Names this claim; `release` by an older claim changes nothing.
+    """
+
+    stream: str
+    id: FrameId
+    events: tuple[bytes, ...]
+    batches: tuple[BatchMark, ...]
+    anchor: str | None
+    begun: bool
+    lease: str
+
+
+@dataclass(frozen=True, slots=True)
+class PendingStream:
+    """A stream with undelivered batches, for `status`, metrics and the drain.
+
+    `oldest_at` is the `created_at` of the first batch in ms; `parked` holds the error that parked the stream, or None.
+    """
+
+    stream: str
+    batches: int
+    events: int
+    oldest_at: int | None
+    parked: str | None = None
+
+
+class Outbox(Protocol):
+    """A store of batches. Every method may be called from any thread; each is one round trip to its store unless said.
+
+    `transactional` is True when batches are written in the caller's own database transaction (`stage`), and False when
+    they are put after its commit (`put`).
+
+    `put`, `stage` and `claim` on different streams never wait for each other. Errors of the store itself (connection
+    lost and so on) are raised as they come; the callers decide.
+    """
+
+    @property
+    def transactional(self) -> bool: ...
+
+    def put(self, batches: Sequence[Batch]) -> list[str]:
+        """Append *batches* to their streams' queues, in order; a batch whose id was put before is skipped.
+
+        Returns:
+            The streams that need a wake-up: those with no wake-up already queued.
+
+        Raises:
+            OutboxFull: A bounded store has no room; nothing was stored.
+        """
+        ...
+
+    def stage(self, connection: Any, batches: Sequence[Batch]) -> None:
+        """Write *batches* through *connection*, a `sqlalchemy.Connection` inside the caller's transaction.
+
+        One INSERT for each 1,000 batches. Only where `transactional`; called before commit.
+        """
+        ...
+
+    def staged(self, streams: Sequence[str]) -> list[str]:
+        """After the commit of what `stage` wrote: which of *streams* need a wake-up. No I/O on the application's database."""
+        ...
+
+    def claim(self, stream: str, *, lease_for: float, lease: str | None = None) -> Frame | None:
+        """The frozen frame of *stream*, freezing one first if there is none; None when there is nothing to send now.
+
+        A frame takes whole batches up to the settings' limits; a first batch too large alone is taken in part, and the
+        rest follows in the next frames. None also when another claim's lease still runs, when the stream is parked,
+        or when `release` asked for a later time.
+
+        Args:
+            lease_for: Seconds for which other claims are refused.
+            lease: The lease of a frame that this worker has just acked, to go on with it.
+        """
+        ...
+
+    def anchor(self, frame: Frame, offset: str) -> Frame:
+        """Remember *offset* as known from before *frame*; the frame with its anchor. Before the first send of a stream."""
+        ...
+
+    def ack(self, frame: Frame, *, offset: str | None, events: int | None = None) -> bool:
+        """Remove the frame's events (the first *events* of them; all when None) and move on to the next number.
+
+        Conditional on the epoch and number still being current, so a second ack of the same frame changes nothing.
+        The lease goes on: the same worker claims the next frame.
+
+        Args:
+            offset: The stream's offset after the frame, the next frame's anchor; None keeps the old anchor.
+
+        Returns:
+            Whether this call was the one that did it.
+        """
+        ...
+
+    def renew(self, frame: Frame, *, above: int) -> Frame:
+        """The same events under a new epoch, higher than *above*, with number 0; the frame as it is now frozen.
+
+        For a server that knows a newer epoch (403), or lost or advanced its count. When the frame is no longer
+        current the current frame is returned, or *frame* itself when nothing is frozen any more.
+        """
+        ...
+
+    def shrink(self, frame: Frame, *, events: int) -> Frame:
+        """Freeze the first *events* of *frame* (1 or more) in its place, under the same number; for 413 only, which proves that it was not stored."""
+        ...
+
+    def release(self, frame: Frame, *, delay: float) -> None:
+        """Give up the lease, if it is still this claim's. No claim for *delay* seconds; the frame stays frozen."""
+        ...
+
+    def finish(self, stream: str, *, lease: str | None) -> bool:
+        """Called when `claim` found nothing: drop this worker's lease and the queued-wake-up mark.
+
+        Returns:
+            True when there is something to claim after all, because a batch came between: claim again.
+        """
+        ...
+
+    def park(self, frame: Frame, error: str) -> None:
+        """Set the stream aside with its frame frozen: no claim until `retry` or `drop`. Others go on."""
+        ...
+
+    def retry(self, stream: str) -> bool:
+        """Unpark *stream* and forget any delay; False when it is not parked and has nothing pending."""
+        ...
+
+    def drop(self, stream: str) -> int:
+        """Throw the stream's undelivered batches away, parked or not; the number of events lost."""
+        ...
+
+    def due(self, *, older_than: float = 1.0, limit: int = 1_000) -> list[str]:
+        """Streams with claimable batches older than *older_than* seconds and no live lease: lost wake-ups.
+
+        Each is marked as woken now, so that several sweepers do not all wake the same.
+        """
+        ...
+
+    def pending(self, stream: str | None = None) -> list[PendingStream]:
+        """The streams that have undelivered batches, oldest first; or just *stream*, if it has any. Not one round trip."""
+        ...
+
+    def close(self) -> None:
+        """Close connections. The outbox may be used again; it reconnects."""
+        ...
