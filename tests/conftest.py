@@ -1,7 +1,8 @@
 """Fixtures of the whole suite: real services, started when first asked for, clean for every test.
 
 `REDIS_URL`, `POSTGRES_URL` and `MARIADB_URL` point the suite at other servers. It empties the Redis database that it
-is given (number 0, or that of the xdist process), and makes and drops databases on the others. MariaDB takes part only when its variable is set.
+is given (number 0, or that of the xdist process), and makes and drops databases on the others. MariaDB takes part only
+when its variable is set.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def valkey_url(_redis_server: str) -> str:
 
 @pytest.fixture
 def make_valkey() -> Iterator[Callable[..., services.Valkey]]:
-    """Starts Valkey servers of the test's own, to be stopped, killed, paused and restarted; keywords are its settings."""
+    """Starts Valkey servers of the test's own, to be stopped, killed, paused, restarted; keywords are its settings."""
     servers: list[services.Valkey] = []
 
     def make(**config: Any) -> services.Valkey:
@@ -125,3 +126,13 @@ def engine(database_url: str) -> Iterator[sa.Engine]:
     engine = services.open_engine(database_url)
     yield engine
     engine.dispose()
+
+
+# Stream servers
+
+
+@pytest.fixture(scope="session")
+def stream_server() -> Iterator[services.PlainStreamServer]:
+    """A Durable Streams server in this process, one for all tests: each uses stream names of its own."""
+    with services.PlainStreamServer() as server:
+        yield server
