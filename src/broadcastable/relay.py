@@ -1,0 +1,272 @@
+"""The relay: claim a frame, one POST, ack; until the stream's queue is empty.
+
+Exactly once rests on three things. A frame keeps its events and its number until it is acked, so a server that
+remembers its producers keeps one copy (Durable Streams protocol, 5.2.1). A server may forget them, through its own
+kill -9 for one, so after any doubt the relay *looks* at the stream before it sends again. And it never guesses: a
+number that the server does not expect leads to a look, a new epoch, and one warning.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from .client import StreamClient
+from .counters import counters
+from .errors import (
+    FrameTooLarge,
+    ProducerFenced,
+    ProducerGap,
+    StreamClosed,
+    StreamConflict,
+    StreamError,
+    StreamForbidden,
+    StreamNotFound,
+    StreamRefused,
+    StreamTimeout,
+    StreamUnavailable,
+)
+from .events import frame_body
+from .outbox import Frame, Outbox
+from .protocol import BEGINNING, Created
+from .provisioner import StreamProvisioner, run
+from .settings import Settings, seconds
+
+log = logging.getLogger(__name__)
+
+BRIEF_RETRIES = 2
+"""How often one delivery tries a frame again by itself before it leaves the stream to the sweeper."""
+
+LONGEST_DELAY = 5.0
+"""Seconds, at most, between two deliveries of a stream whose server is away."""
+
+MOST_STEPS = 12
+"""Requests about one frame in one delivery; a server that answers without end in riddles gets a pause."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a look saw: how many of the frame's events are stored, and an offset after them (or the tail)."""
+
+    events: int
+    offset: str
+
+
+class Relay:
+    """Delivers streams from the outbox to the stream server. Thread safe; meant for worker threads.
+
+    Args:
+        on_delivered: Called with each frame once it is acked; for metrics and traces.
+    """
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        client: StreamClient,
+        provisioner: StreamProvisioner,
+        settings: Settings,
+        *,
+        on_delivered: Callable[[Frame], None] | None = None,
+    ) -> None:
+        self._outbox = outbox
+        self._client = client
+        self._provisioner = provisioner
+        self._on_delivered = on_delivered
+        # A little longer than one request: whoever still waits for an answer then has none to get.
+        self._lease_for = seconds(settings.request_timeout) + 1.0
+        self._failures: dict[str, int] = {}
+        self._failures_lock = threading.Lock()
+
+    def deliver(self, stream: str) -> None:
+        """Send everything that waits for *stream*, frame after frame.
+
+        Trouble with the stream server never raises: the stream is released for a later attempt, or parked.
+        Safe to call at any time, from several workers at once, and after any crash.
+
+        Raises:
+            Exception: What the outbox itself raises when its store cannot be reached.
+        """
+        lease: str | None = None
+        while True:
+            frame = self._outbox.claim(stream, lease_for=self._lease_for, lease=lease)
+            if frame is None:
+                if self._outbox.finish(stream, lease=lease):
+                    continue
+                return
+            lease = frame.lease
+            delay: float | None = 0.0
+            try:
+                delay = self._send(frame)
+            finally:
+                # Also when Dramatiq interrupts this thread: the next worker need not wait for the lease.
+                if delay is not None:
+                    self._outbox.release(frame, delay=delay)
+            if delay is not None:
+                return
+
+    def _send(self, frame: Frame) -> float | None:
+        """Get *frame* stored and acked, or parked. Returns the seconds to wait when it could not be done now."""
+        try:
+            self._store(frame)
+        except StreamUnavailable as error:
+            return self._backoff(frame, error, error.retry_after)
+        except StreamForbidden as error:
+            # Our own keys or settings: parking every stream for that would be worse than waiting for the operator.
+            return self._backoff(frame, error, None)
+        except (StreamClosed, StreamConflict, StreamRefused) as error:
+            log.error("Stream %s is parked with %d events: %s", frame.stream, len(frame.events), error)
+            counters.increment("frames_parked")
+            self._outbox.park(frame, str(error))
+            return None
+        self._failures.pop(frame.stream, None)
+        return None
+
+    def _backoff(self, frame: Frame, error: StreamError, wanted: float | None) -> float:
+        with self._failures_lock:
+            failures = self._failures[frame.stream] = self._failures.get(frame.stream, 0) + 1
+            while len(self._failures) > 10_000:
+                del self._failures[next(iter(self._failures))]
+        counters.increment("deliveries_delayed")
+        delay = min(LONGEST_DELAY, 0.25 * 2.0 ** min(failures, 10)) * random.uniform(0.5, 1.0)
+        level = logging.WARNING if failures == 1 else logging.DEBUG
+        log.log(level, "Stream %s waits %.1f s: %s", frame.stream, max(delay, wanted or 0.0), error)
+        return max(delay, wanted or 0.0)
+
+    def _store(self, frame: Frame) -> None:
+        look = frame.begun and frame.anchor is not None
+        failures = 0
+        if frame.anchor is None:
+            # Nothing was ever sent: the tail as it is now lies before everything that will be.
+            frame = self._outbox.anchor(frame, self._create(frame.stream).offset)
+        for _ in range(MOST_STEPS):
+            if look:
+                found = self._look(frame)
+                if found.events:
+                    self._ack(frame, found.offset, events=found.events)
+                    return
+            looked, look = look, False
+            try:
+                appended = self._client.append(frame.stream, frame_body(frame.events), frame.id, attempts=1)
+            except StreamTimeout:
+                look, failures = True, self._brief(failures)
+            except StreamNotFound:
+                frame = self._heal(frame)
+            except ProducerFenced as error:
+                frame, look = self._renew(frame, above=error.epoch, why="it knows a newer epoch"), not looked
+            except ProducerGap as error:
+                if not looked:
+                    look = True
+                else:
+                    why = f"it expects number {error.expected}, not {frame.id.seq}"
+                    frame = self._renew(frame, above=frame.id.epoch, why=why)
+                    frame = self._outbox.anchor(frame, self._client.head(frame.stream))
+            except FrameTooLarge:
+                if len(frame.events) == 1:
+                    raise
+                frame = self._outbox.shrink(frame, events=_half(frame))
+            except StreamUnavailable as error:
+                if error.retry_after is not None:
+                    raise
+                failures = self._brief(failures)
+            else:
+                if appended.duplicate and not looked:
+                    # New to us and known to the server: our store went back in time, or a slow worker was faster.
+                    look = True
+                elif appended.duplicate:
+                    frame = self._renew(frame, above=frame.id.epoch, why="it claims a frame that it does not have")
+                else:
+                    self._ack(frame, appended.offset)
+                    return
+        raise StreamUnavailable(f"Stream {frame.stream!r}: no clear answer in {MOST_STEPS} requests", stream=frame.stream)
+
+    def _brief(self, failures: int) -> int:
+        """Wait a moment before the same request again; the error being handled goes on once that was tried enough."""
+        if failures >= BRIEF_RETRIES:
+            raise  # noqa: PLE0704 - called from an except block only
+        time.sleep(0.05 * 2**failures * random.uniform(0.5, 1.0))
+        return failures + 1
+
+    def _ack(self, frame: Frame, offset: str | None, *, events: int | None = None) -> None:
+        if self._outbox.ack(frame, offset=offset, events=events):
+            counters.increment("events_delivered", events or len(frame.events))
+            counters.increment("frames_delivered")
+            if self._on_delivered is not None:
+                self._on_delivered(frame)
+
+    def _create(self, stream: str) -> Created:
+        return run(self._provisioner.create(stream), self._client, self._provisioner)
+
+    def _heal(self, frame: Frame) -> Frame:
+        """The stream is gone: provision it anew. Its producers are gone with it, so the numbers start again."""
+        log.warning("Stream %s was gone from the server; it is provisioned anew", frame.stream)
+        counters.increment("streams_healed")
+        run(self._provisioner.forget(frame.stream), self._client, self._provisioner)
+        created = self._create(frame.stream)
+        if frame.id.seq:
+            frame = self._outbox.renew(frame, above=frame.id.epoch)
+        return self._outbox.anchor(frame, created.offset)
+
+    def _renew(self, frame: Frame, *, above: int, why: str) -> Frame:
+        log.warning("Stream %s: the server lost count of our frames (%s); going on under a new epoch", frame.stream, why)
+        counters.increment("epochs_renewed")
+        return self._outbox.renew(frame, above=above)
+
+    def _look(self, frame: Frame) -> Found:
+        """Read the stream from the anchor: are the frame's events there, one after the other?
+
+        Other producers may write to the stream too, so they may stand anywhere after the anchor. A server killed in
+        the middle of an append may have kept only the first of them, at its very end.
+        """
+        counters.increment("looks")
+        wanted = [_comparable(event) for event in frame.events]
+        try:
+            stored, offset = self._read_from(frame.stream, frame.anchor or BEGINNING)
+        except StreamNotFound as error:
+            if error.status == 410:
+                stored, offset = self._read_from(frame.stream, BEGINNING)
+            else:
+                return Found(0, BEGINNING)
+        except StreamRefused:
+            # The stream was made again, and the anchor is an offset of the old one.
+            stored, offset = self._read_from(frame.stream, BEGINNING)
+        for start in range(len(stored)):
+            here = stored[start : start + len(wanted)]
+            if here == wanted[: len(here)] and (len(here) == len(wanted) or start + len(here) == len(stored)):
+                return Found(len(here), offset)
+        return Found(0, offset)
+
+    def _read_from(self, stream: str, offset: str) -> tuple[list[object], str]:
+        stored: list[object] = []
+        while True:
+            page = self._client.read(stream, offset)
+            stored.extend(_comparable(event) for event in page.events)
+            if page.up_to_date or page.next_offset == offset:
+                return stored, page.next_offset
+            offset = page.next_offset
+
+
+def _comparable(event: bytes) -> object:
+    """An event as a value, without what servers add on reading (the npm reference server adds `headers.offset`)."""
+    value = msgspec.json.decode(event)
+    if isinstance(value, dict) and isinstance(value.get("headers"), dict):
+        return {**value, "headers": {name: text for name, text in value["headers"].items() if name != "offset"}}
+    return value
+
+
+def _half(frame: Frame) -> int:
+    """How many events to keep of a frame that is too large: about half, at the end of a batch where there is one."""
+    most = len(frame.events) // 2
+    whole, best = 0, 0
+    for batch in frame.batches:
+        whole += batch.events
+        if whole > most:
+            break
+        best = whole
+    return best or max(1, most)
+
