@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from .errors import ConfigurationError
 
@@ -42,11 +42,13 @@ class Settings:
         client_url: Where clients reach it; `server_url` when None.
         signing_key: ES256 private key: PEM text, or the path of a PEM file. Never shown in a repr.
         signing_kid: `kid` header of our tokens; the key's RFC 7638 thumbprint when None.
-        verify_keys: Further public keys (PEM or path) that `decode` accepts, for rotation.
+        verify_keys: Further public keys (PEM or path) that `decode` accepts, for rotation; `kid=PEM` or `kid=path`
+            for a key whose tokens carry a `signing_kid` of their own. Of a private key the public half is used.
         token_issuer: `iss` claim, checked when a token is decoded.
         token_audience: `aud` claim, added and checked when set.
         token_expiry: Life of our own server tokens.
         signed_stream_url_expires_in: Default life of a client's token.
+        max_token_life: Longest life of any token; one that lives longer is refused, whoever signed it.
         gid_app: The application's part of a gid.
         redis_url: Redis or Valkey: shared provisioned names, the redis outbox, Dramatiq's broker in the ready worker.
         database_url: A synchronous SQLAlchemy URL, for workers that relay the database outbox.
@@ -71,6 +73,7 @@ class Settings:
     token_audience: str | None = None
     token_expiry: timedelta | float = 120.0
     signed_stream_url_expires_in: timedelta | float = 900.0
+    max_token_life: timedelta | float = 86_400.0
     gid_app: str = "app"
     redis_url: str | None = field(default=None, repr=False)
     database_url: str | None = field(default=None, repr=False)
@@ -102,11 +105,20 @@ class Settings:
             if getattr(self, name) not in allowed:
                 raise ConfigurationError(f"{name} is one of {', '.join(allowed)}; got {getattr(self, name)!r}")
         if self.outbox == "redis" and not self.redis_url:
-            raise ConfigurationError('outbox="redis" needs redis_url (BROADCASTABLE_REDIS_URL), such as redis://localhost')
+            raise ConfigurationError(
+                'outbox="redis" needs redis_url (BROADCASTABLE_REDIS_URL), such as redis://localhost'
+            )
         for name in ("token_expiry", "signed_stream_url_expires_in", "provisioned_for", "request_timeout"):
             if seconds(getattr(self, name)) <= 0:
                 raise ConfigurationError(f"{name} is a positive duration; got {getattr(self, name)!r}")
-        for name, most in (("max_frame_bytes", 1 << 30), ("max_frame_events", 100_000), ("memory_outbox_bytes", 1 << 50)):
+        for name in ("token_expiry", "signed_stream_url_expires_in"):
+            if seconds(getattr(self, name)) > seconds(self.max_token_life):
+                raise ConfigurationError(f"{name} is at most max_token_life ({seconds(self.max_token_life):g} s)")
+        for name, most in (
+            ("max_frame_bytes", 1 << 30),
+            ("max_frame_events", 100_000),
+            ("memory_outbox_bytes", 1 << 50),
+        ):
             if not 1 <= getattr(self, name) <= most:
                 raise ConfigurationError(f"{name} is between 1 and {most}; got {getattr(self, name)!r}")
         if not self.gid_app or not self.namespace:
@@ -177,7 +189,15 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "verify_keys": _several,
     "keys_as_strings": _boolean,
     **dict.fromkeys(
-        ("token_expiry", "signed_stream_url_expires_in", "stream_ttl", "provisioned_for", "request_timeout"), float
+        (
+            "token_expiry",
+            "signed_stream_url_expires_in",
+            "max_token_life",
+            "stream_ttl",
+            "provisioned_for",
+            "request_timeout",
+        ),
+        float,
     ),
     **dict.fromkeys(("max_frame_bytes", "max_frame_events", "memory_outbox_bytes"), int),
 }
@@ -216,7 +236,7 @@ def current_settings() -> Settings:
         with _default_lock:
             if _default is None:
                 _default = Settings.from_env()
-    return cast(Settings, _default)
+    return _default
 
 
 def configure(**changes: Any) -> Settings:
