@@ -17,7 +17,9 @@ import pytest
 import redis
 import sqlalchemy as sa
 
+from broadcastable.events import ChangeEvent
 from tests import services
+from tests.state_protocol import Tap
 
 BACKENDS = ("sqlite", "postgres", *(("mariadb",) if os.environ.get("MARIADB_URL") else ()))
 
@@ -32,6 +34,21 @@ def _no_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
         if name.startswith("BROADCASTABLE_"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def _state_protocol_tap() -> Iterator[Tap]:
+    tap = Tap()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ChangeEvent, "encode", tap.listening(ChangeEvent.encode))
+        yield tap
+
+
+@pytest.fixture(autouse=True)
+def every_event_follows_the_state_protocol(_state_protocol_tap: Tap) -> Iterator[Tap]:
+    """Fails any test in which a change event is made that the State Protocol does not allow."""
+    yield _state_protocol_tap
+    _state_protocol_tap.check()
 
 
 # Redis

@@ -60,7 +60,9 @@ class MissingExtraError(ConfigurationError, ImportError):
     """An optional dependency is not installed."""
 
     def __init__(self, feature: str, extra: str) -> None:
-        super().__init__(f"{feature} needs an extra that is not installed. Install it: pip install 'broadcastable[{extra}]'")
+        super().__init__(
+            f"{feature} needs an extra that is not installed. Install it: pip install 'broadcastable[{extra}]'"
+        )
 
 
 class UsageError(BroadcastableError, ValueError):

@@ -65,12 +65,19 @@ class ChangeEvent:
         """The event as JSON.
 
         Raises:
-            UsageError: An empty type or key, or a value missing from an insert or update.
+            UsageError: A type, key or txid that is empty or no text; or a value of None in an insert or update, which
+                ends the session of the reference client.
             UnencodableValue: A value that has no JSON form.
         """
-        if not self.type or not self.key:
-            raise UsageError("A change event has a type and a key that are not empty (State Protocol, 5.1)")
+        for name in ("type", "key", "txid"):
+            text = getattr(self, name)
+            if not (isinstance(text, str) and text) and not (name == "txid" and text is None):
+                raise UsageError(
+                    f"A change event's {name} is text that is not empty (State Protocol, 5.1); got {text!r}"
+                )
         operation = Operation.UPDATE if self.operation is Operation.UPSERT else self.operation
+        if self.value is None and operation is not Operation.DELETE:
+            raise UsageError(f"The {operation} of {self.type} {self.key} has no value; only a delete goes without one")
         message: dict[str, Any] = {"type": self.type, "key": self.key}
         if operation is not Operation.DELETE:
             message["value"] = self.value
@@ -87,7 +94,9 @@ class ChangeEvent:
 
 def txid_marker(txid: str) -> ChangeEvent:
     """The event of a transaction that changed nothing, so that a client's `awaitTxId` resolves all the same."""
-    return ChangeEvent(type=TXID_MARKER_TYPE, key=txid, operation=Operation.DELETE, txid=txid, timestamp=utc_timestamp())
+    return ChangeEvent(
+        type=TXID_MARKER_TYPE, key=txid, operation=Operation.DELETE, txid=txid, timestamp=utc_timestamp()
+    )
 
 
 def encode_json(value: Any) -> bytes:
@@ -98,7 +107,7 @@ def encode_json(value: Any) -> bytes:
     """
     try:
         return msgspec.json.encode(value)
-    except (TypeError, ValueError, msgspec.MsgspecError) as error:
+    except (TypeError, ValueError, ArithmeticError, RecursionError, msgspec.MsgspecError) as error:
         raise UnencodableValue(
             f"{error}. Give plain JSON values, or convert them first (values.to_json_value)"
         ) from error
