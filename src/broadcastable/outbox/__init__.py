@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..events import Batch
+from broadcastable.events import Batch
 
 __all__ = ["Batch", "BatchMark", "Frame", "FrameId", "Outbox", "PendingStream"]
 
@@ -24,7 +24,8 @@ class FrameId:
 
     Attributes:
         producer_id: Stable for one outbox.
-        epoch: Creation time of this stream's outbox state in ms, by the store's own clock; raised when a server knows more.
+        epoch: Creation time of this stream's outbox state in ms, by the store's own clock; raised when a server knows
+            more, and by `Outbox.drop`.
         seq: Number of the frame within the epoch, from 0.
     """
 
@@ -55,8 +56,9 @@ class Frame:
         id: The producer headers.
         events: At least one event, as JSON bytes, in order.
         batches: The batches they come from, in order; their event counts add up to `len(events)`.
-        anchor: An offset of the stream known from before this frame was first sent, or None when nothing was ever
-            sent: `Outbox.anchor` is called before the first send, so None proves that there is nothing to look for.
+        anchor: An offset of the stream known from before this frame was first sent, or None when this outbox knows of
+            nothing that was sent: `Outbox.anchor` is called before the first send, so None proves that there is nothing
+            to look for.
         begun: An earlier claim was given this very frame, so it may have been sent: look before sending.
         lease: Names this claim; `release` by an older claim changes nothing.
     """
@@ -100,8 +102,11 @@ class Outbox(Protocol):
     def put(self, batches: Sequence[Batch]) -> list[str]:
         """Append *batches* to their streams' queues, in order; a batch whose id was put before is skipped.
 
+        "Before" reaches back ten minutes (memory: 100,000 batches), which is longer than anyone repeats a put.
+
         Returns:
-            The streams that need a wake-up: those with no wake-up already queued.
+            The streams that need a wake-up: those with no wake-up already queued and no worker at work, and neither
+            parked nor delayed by `release`.
 
         Raises:
             OutboxFull: A bounded store has no room; nothing was stored.
@@ -116,7 +121,7 @@ class Outbox(Protocol):
         ...
 
     def staged(self, streams: Sequence[str]) -> list[str]:
-        """After the commit of what `stage` wrote: which of *streams* need a wake-up. No I/O on the application's database."""
+        """After the commit of what `stage` wrote: which of *streams* need a wake-up. No I/O on the database."""
         ...
 
     def claim(self, stream: str, *, lease_for: float, lease: str | None = None) -> Frame | None:
@@ -133,14 +138,19 @@ class Outbox(Protocol):
         ...
 
     def anchor(self, frame: Frame, offset: str) -> Frame:
-        """Remember *offset* as known from before *frame*; the frame with its anchor. Before the first send of a stream."""
+        """Remember *offset* as known from before *frame*; the frame with its anchor. Before the first send of a stream.
+
+        Conditional on the frame being current and its anchor still being `frame.anchor`, so that of two workers the
+        later one does not move the anchor past what the earlier one sent. Otherwise the same as `renew` returns.
+        """
         ...
 
     def ack(self, frame: Frame, *, offset: str | None, events: int | None = None) -> bool:
         """Remove the frame's events (the first *events* of them; all when None) and move on to the next number.
 
         Conditional on the epoch and number still being current, so a second ack of the same frame changes nothing.
-        The lease goes on: the same worker claims the next frame.
+        Never more than what is frozen, so that the ack of a frame from before a `shrink` removes the shrunk one.
+        The lease goes on: the same worker claims the next frame. A parked stream is parked no longer.
 
         Args:
             offset: The stream's offset after the frame, the next frame's anchor; None keeps the old anchor.
@@ -153,21 +163,30 @@ class Outbox(Protocol):
     def renew(self, frame: Frame, *, above: int) -> Frame:
         """The same events under a new epoch, higher than *above*, with number 0; the frame as it is now frozen.
 
-        For a server that knows a newer epoch (403), or lost or advanced its count. When the frame is no longer
-        current the current frame is returned, or *frame* itself when nothing is frozen any more.
+        For a server that knows a newer epoch (403), or lost or advanced its count. `begun` stays as it was in *frame*.
+        When the frame is no longer current the current frame is returned, or *frame* itself when nothing is frozen any
+        more: with *frame*'s lease, and begun, since another worker has it too.
         """
         ...
 
     def shrink(self, frame: Frame, *, events: int) -> Frame:
-        """Freeze the first *events* of *frame* (1 or more) in its place, under the same number; for 413 only, which proves that it was not stored."""
+        """Freeze the first *events* of *frame* (1 or more) in its place, under the same number.
+
+        For 413 only, which proves that it was not stored. When the frame is no longer current: as `renew`.
+        """
         ...
 
     def release(self, frame: Frame, *, delay: float) -> None:
-        """Give up the lease, if it is still this claim's. No claim for *delay* seconds; the frame stays frozen."""
+        """Give up the lease, if it is still this claim's. No claim for *delay* seconds; the frame stays frozen.
+
+        The queued-wake-up mark goes too: the next `put` after the delay, or the sweeper, wakes the stream again.
+        """
         ...
 
     def finish(self, stream: str, *, lease: str | None) -> bool:
         """Called when `claim` found nothing: drop this worker's lease and the queued-wake-up mark.
+
+        While another claim's lease runs nothing changes: that worker will finish.
 
         Returns:
             True when there is something to claim after all, because a batch came between: claim again.
@@ -175,26 +194,36 @@ class Outbox(Protocol):
         ...
 
     def park(self, frame: Frame, error: str) -> None:
-        """Set the stream aside with its frame frozen: no claim until `retry` or `drop`. Others go on."""
+        """Set the stream aside, if *frame* is current and with it frozen: no claim until `retry` or `drop`."""
         ...
 
     def retry(self, stream: str) -> bool:
-        """Unpark *stream* and forget any delay; False when it is not parked and has nothing pending."""
+        """Unpark *stream* and forget any delay; False when it is not parked and has nothing pending.
+
+        The caller wakes it; the sweeper would, too.
+        """
         ...
 
     def drop(self, stream: str) -> int:
-        """Throw the stream's undelivered batches away, parked or not; the number of events lost."""
+        """Throw the stream's undelivered batches away, parked or not; the number of events lost.
+
+        What comes later goes out under a new epoch: nobody knows whether the dropped frame's number was used.
+        """
         ...
 
     def due(self, *, older_than: float = 1.0, limit: int = 1_000) -> list[str]:
         """Streams with claimable batches older than *older_than* seconds and no live lease: lost wake-ups.
 
-        Each is marked as woken now, so that several sweepers do not all wake the same.
+        A stream whose last wake-up or claim is younger than that is left alone. Each one returned is marked as woken
+        now, so that several sweepers do not all wake the same. Not one round trip.
         """
         ...
 
     def pending(self, stream: str | None = None) -> list[PendingStream]:
-        """The streams that have undelivered batches, oldest first; or just *stream*, if it has any. Not one round trip."""
+        """The streams that have undelivered batches, oldest first; or just *stream*, if it has any.
+
+        Not one round trip.
+        """
         ...
 
     def close(self) -> None:
