@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, TypeAlias
 from urllib.parse import quote, unquote
 
@@ -27,6 +28,8 @@ MAX_NAME_LENGTH = 512
 
 _GID = re.compile(r"gid://([^/]+)/([^/]+)/(.+)", re.DOTALL)
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff?#\\]")
+# A set has another order in another process, so two of them would name two streams.
+_ORDERLESS = (bytes, Mapping, Set, type)
 # pchar of RFC 3986, 3.3, and the slash. A literal percent sign is encoded, so that one decoding gives the name back.
 _PATH_SAFE = "/:@!$&'()*+,;="
 
@@ -55,7 +58,11 @@ class GID:
         match = _GID.fullmatch(text)
         if match is None or not all(match[3].split("/")):
             raise InvalidStreamName(f"{text!r} is not a gid; one looks like gid://app/Room/1")
-        return cls(unquote(match[1]), unquote(match[2]), tuple(unquote(part) for part in match[3].split("/")))
+        try:
+            app, model, *key = (unquote(part, errors="strict") for part in (match[1], match[2], *match[3].split("/")))
+        except UnicodeDecodeError as error:
+            raise InvalidStreamName(f"{text!r} is not a gid: its percent-encoding is not UTF-8") from error
+        return cls(app, model, tuple(key))
 
 
 def _encode_part(part: str) -> str:
@@ -81,7 +88,7 @@ def gid_of(record: object, *, app: str | None = None) -> GID:
     Raises:
         UnsavedRecordError: The instance is transient or pending.
     """
-    state: InstanceState[Any] = sa.inspect(record)  # type: ignore[assignment]
+    state: InstanceState[Any] = sa.inspect(record)
     if state.identity is None:
         raise UnsavedRecordError(
             f"This {type(record).__name__} has no primary key yet, so it names no stream. "
@@ -97,10 +104,9 @@ def gid_from_identity(mapper: Mapper[Any], identity: Sequence[Any], *, app: str 
 
 def key_part(value: object) -> str:
     """One primary key column's value as text: what `str` gives, but bytes as hex and enums by value."""
-    if isinstance(value, bytes):
-        return value.hex()
-    value = getattr(value, "value", value) if not isinstance(value, str | int) else value
-    return str(value)
+    if isinstance(value, Enum):
+        value = value.value
+    return value.hex() if isinstance(value, bytes) else str(value)
 
 
 def stream_name_from(*streamables: Streamable, app: str | None = None) -> str:
@@ -115,7 +121,8 @@ def stream_name_from(*streamables: Streamable, app: str | None = None) -> str:
     Raises:
         UnsavedRecordError: An instance without an identity.
         InvalidStreamName: A name with an empty, `.` or `..` segment, a control character, `?`, `#` or a backslash;
-            a first segment `__ds` (reserved by the protocol); more than 512 characters; or something that is no streamable.
+            a first segment `__ds` (reserved by the protocol); more than 512 characters; or something that is no
+            streamable, a set among them.
     """
     name = "/".join(_parts(streamables, app))
     if name:
@@ -125,18 +132,18 @@ def stream_name_from(*streamables: Streamable, app: str | None = None) -> str:
 
 def _parts(streamables: Iterable[Streamable], app: str | None) -> Iterator[str]:
     for streamable in streamables:
-        if streamable is None or streamable == "":
+        if streamable is None:
             continue
         if isinstance(streamable, str):
-            yield str(streamable)
-        elif isinstance(streamable, list | tuple | set | frozenset) or (
-            isinstance(streamable, Iterable) and not isinstance(streamable, bytes | dict | type)
-        ):
-            yield from _parts(streamable, app)
+            if streamable:
+                # A member of an Enum that is also a str gives its value here, as it does in a comparison.
+                yield str.__str__(streamable)
         elif isinstance(streamable, GID):
             yield str(streamable)
         elif isinstance(sa.inspect(streamable, raiseerr=False), InstanceState):
             yield str(gid_of(streamable, app=app))
+        elif isinstance(streamable, Iterable) and not isinstance(streamable, _ORDERLESS):
+            yield from _parts(streamable, app)
         else:
             raise InvalidStreamName(
                 f"{streamable!r} is no streamable. Give a persistent record, a plain name (str), or a sequence of those"
@@ -188,13 +195,16 @@ def locate(session: Session, gid: str | GID) -> Any:
 
     Raises:
         InvalidStreamName: Not a gid.
-        UnknownModelError: Another application's gid, a model that is not Broadcastable here, or a key that does not fit.
+        UnknownModelError: Another application's gid, a model that is not Broadcastable here, or a key that does not
+            fit.
     """
     from .mixin import broadcastable_model  # the models stand on the names, so this looks up late
 
     parsed = gid if isinstance(gid, GID) else GID.parse(gid)
     if parsed.app != current_settings().gid_app:
-        raise UnknownModelError(f"{parsed} belongs to the application {parsed.app!r}, not {current_settings().gid_app!r}")
+        raise UnknownModelError(
+            f"{parsed} belongs to the application {parsed.app!r}, not {current_settings().gid_app!r}"
+        )
     model = broadcastable_model(parsed.model)
     return session.get(model, identity_from(model, parsed))
 
@@ -205,12 +215,12 @@ def identity_from(model: type, gid: GID) -> tuple[Any, ...]:
     Raises:
         UnknownModelError: The number or the form of the parts does not fit.
     """
-    columns = sa.inspect(model).primary_key
+    columns: tuple[sa.Column[Any], ...] = sa.inspect(model).primary_key
     if len(columns) != len(gid.key):
         raise UnknownModelError(f"{gid}: {model.__name__} has {len(columns)} primary key columns, not {len(gid.key)}")
     try:
         return tuple(_from_text(column.type, part) for column, part in zip(columns, gid.key, strict=True))
-    except (ValueError, ArithmeticError, LookupError) as error:
+    except (ValueError, TypeError, ArithmeticError, LookupError) as error:
         raise UnknownModelError(f"{gid}: the key does not fit {model.__name__}") from error
 
 
@@ -225,6 +235,8 @@ def _from_text(column_type: Any, text: str) -> Any:
         return text
     if hasattr(python_type, "fromisoformat"):
         return python_type.fromisoformat(text)
-    if getattr(column_type, "enum_class", None) is not None:
-        return column_type.enum_class(text)
+    if issubclass(python_type, Enum):
+        return {key_part(member): member for member in python_type}[text]
+    if python_type is bool:
+        return {"True": True, "False": False}[text]
     return python_type(text)
