@@ -236,7 +236,7 @@ def raise_for(response: StreamResponse, stream: str) -> NoReturn:
         raise errors.StreamClosed(f"Stream {stream!r} is closed and takes no more events", **about)
     if status == 409:
         raise errors.StreamConflict(
-            f"Stream {stream!r} exists with another content type or lifetime. Delete it, or use another name", **about
+            f"Stream {stream!r} exists with another content type or lifetime (409). Delete it, or use another name", **about
         )
     if status == 413:
         raise errors.FrameTooLarge(

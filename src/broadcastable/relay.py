@@ -163,13 +163,20 @@ class Relay:
                 if not looked:
                     look = True
                 else:
-                    why = f"it expects number {error.expected}, not {frame.id.seq}"
-                    frame = self._renew(frame, above=frame.id.epoch, why=why)
-                    frame = self._outbox.anchor(frame, self._client.head(frame.stream))
+                    frame = self._restart(frame, f"it expects number {error.expected}, not {frame.id.seq}")
             except FrameTooLarge:
                 if len(frame.events) == 1:
                     raise
                 frame = self._outbox.shrink(frame, events=_half(frame))
+            except StreamRefused as error:
+                # 400 is also the answer to a new epoch that does not start at 0 (5.2.1): a server restored from an
+                # older copy knows an epoch below ours.
+                if error.status != 400 or frame.id.seq == 0:
+                    raise
+                if not looked:
+                    look = True
+                else:
+                    frame = self._restart(frame, f"it refuses number {frame.id.seq}")
             except StreamUnavailable as error:
                 if error.retry_after is not None:
                     raise
@@ -216,6 +223,11 @@ class Relay:
         log.warning("Stream %s: the server lost count of our frames (%s); going on under a new epoch", frame.stream, why)
         counters.increment("epochs_renewed")
         return self._outbox.renew(frame, above=above)
+
+    def _restart(self, frame: Frame, why: str) -> Frame:
+        """A new epoch on a stream that may have been made again: what is there now lies before everything to come."""
+        frame = self._renew(frame, above=frame.id.epoch, why=why)
+        return self._outbox.anchor(frame, self._client.head(frame.stream))
 
     def _look(self, frame: Frame) -> Found:
         """Read the stream from the anchor: are the frame's events there, one after the other?
