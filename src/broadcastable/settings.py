@@ -7,6 +7,7 @@ or, failing that, by the environment. Nothing is read at import.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from .errors import ConfigurationError
 
@@ -69,7 +71,7 @@ class Settings:
     signing_key: str | None = field(default=None, repr=False)
     signing_kid: str | None = None
     verify_keys: tuple[str, ...] = ()
-    token_issuer: str = "broadcastable"
+    token_issuer: str = "broadcastable"  # noqa: S105  no secret
     token_audience: str | None = None
     token_expiry: timedelta | float = 120.0
     signed_stream_url_expires_in: timedelta | float = 900.0
@@ -89,16 +91,20 @@ class Settings:
     memory_outbox_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:
-        for name in ("server_url", "client_url"):
+        for name in ("server_url", "client_url", "verify_keys"):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
+        if isinstance(self.verify_keys, str):
+            object.__setattr__(self, "verify_keys", (self.verify_keys,))
         for url in (*self.server_urls, *self.client_urls):
-            if not url.startswith(("http://", "https://")) or any(c in url for c in "?#"):
+            if not _is_plain_http(url):
                 raise ConfigurationError(
                     f"server_url and client_url are http(s) URLs without a query, such as "
                     f"http://localhost:4437/v1/streams; got {url!r}"
                 )
+        if not self.server_urls:
+            raise ConfigurationError("server_url names no server; give a URL such as http://localhost:4437/v1/streams")
         if len(self.client_urls) != len(self.server_urls):
             raise ConfigurationError("client_url must name as many servers as server_url, in the same order")
         for name, allowed in (("outbox", get_args(OutboxKind)), ("txid_from", get_args(TxidSource))):
@@ -108,9 +114,17 @@ class Settings:
             raise ConfigurationError(
                 'outbox="redis" needs redis_url (BROADCASTABLE_REDIS_URL), such as redis://localhost'
             )
-        for name in ("token_expiry", "signed_stream_url_expires_in", "provisioned_for", "request_timeout"):
-            if seconds(getattr(self, name)) <= 0:
+        for name in (
+            "token_expiry",
+            "signed_stream_url_expires_in",
+            "max_token_life",
+            "provisioned_for",
+            "request_timeout",
+        ):
+            if not 0 < seconds(getattr(self, name)) < math.inf:
                 raise ConfigurationError(f"{name} is a positive duration; got {getattr(self, name)!r}")
+        if self.stream_ttl is not None and not 1 <= seconds(self.stream_ttl) < math.inf:
+            raise ConfigurationError(f"stream_ttl is a second or more, or None; got {self.stream_ttl!r}")
         for name in ("token_expiry", "signed_stream_url_expires_in"):
             if seconds(getattr(self, name)) > seconds(self.max_token_life):
                 raise ConfigurationError(f"{name} is at most max_token_life ({seconds(self.max_token_life):g} s)")
@@ -165,6 +179,14 @@ def _urls(value: str | tuple[str, ...]) -> tuple[str, ...]:
     return tuple(url.rstrip("/") for url in ((value,) if isinstance(value, str) else value))
 
 
+def _is_plain_http(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in {"http", "https"} and bool(parts.hostname) and not set(url) & set("?# \t\r\n")
+    except ValueError:
+        return False
+
+
 def _boolean(text: str) -> bool:
     if text.lower() in {"1", "true", "yes", "on"}:
         return True
@@ -214,9 +236,11 @@ def read_pem(key: str, setting: str) -> bytes:
         return key.replace("\\n", "\n").encode()
     try:
         return Path(key).read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no path"
+        # Without a cause: it may quote the key.
         raise ConfigurationError(
-            f"{setting} is neither PEM text nor a readable file ({error.strerror}). "
+            f"{setting} is neither PEM text nor a readable file ({reason}). "
             "Make a key pair: broadcastable keys generate"
         ) from None
 
@@ -254,7 +278,7 @@ def configure(**changes: Any) -> Settings:
 
 @contextmanager
 def override(**changes: Any) -> Iterator[Settings]:
-    """Change settings for this context (thread or task) only; the previous ones return at the end, also after an error."""
+    """Change settings for this context (thread or task); the previous ones return at the end, also after an error."""
     settings = current_settings().replace(**changes)
     token = _overridden.set(settings)
     try:
