@@ -22,7 +22,7 @@ from broadcastable.events import Batch
 from broadcastable.settings import Settings
 
 from . import Frame, FrameId, PendingStream
-from .framing import Limits, events_that_fit, first_events, new_lease, take
+from .framing import Limits, events_that_fit, new_lease, take
 
 BATCH_OVERHEAD = 700
 EVENT_OVERHEAD = 64
@@ -218,7 +218,7 @@ class MemoryOutbox:
             if state is None:
                 return self._frozen(frame)
             state.count = max(1, min(state.count, events))
-            return first_events(frame, state.count)
+            return self._frame(frame.stream, state, begun=frame.begun, lease=frame.lease)
 
     def release(self, frame: Frame, *, delay: float) -> None:
         """See `Outbox.release`."""

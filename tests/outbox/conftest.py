@@ -1,0 +1,38 @@
+"""The three stores, each on its real service."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from broadcastable.outbox import Outbox
+from broadcastable.outbox.memory import MemoryOutbox
+
+STORES = ("memory",)
+
+
+@pytest.fixture(params=STORES)
+def make_outbox(request: pytest.FixtureRequest) -> Iterator[Callable[..., Outbox]]:
+    """Opens an outbox on a store that is empty at first; a second call opens it again where it is shared."""
+    opened: list[Outbox] = []
+    shared: list[Outbox] = []
+
+    def make(**limits: Any) -> Outbox:
+        limits = {"max_frame_bytes": 1 << 20, "max_frame_events": 1_000, **limits}
+        if request.param == "memory":
+            if not shared:
+                shared.append(MemoryOutbox(max_bytes=64 << 20, **limits))
+            outbox = shared[0]
+        opened.append(outbox)
+        return outbox
+
+    yield make
+    for outbox in opened:
+        outbox.close()
+
+
+@pytest.fixture
+def outbox(make_outbox: Callable[..., Outbox]) -> Outbox:
+    return make_outbox()
