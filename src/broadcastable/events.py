@@ -17,6 +17,7 @@ from typing import Any, Final
 import msgspec
 
 from .errors import UnencodableValue, UsageError
+from .tracing import current_trace
 
 
 class Operation(StrEnum):
@@ -131,7 +132,7 @@ class Batch:
     txid: str
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created_at: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
-    trace: str | None = None
+    trace: str | None = field(default_factory=current_trace)
 
     @property
     def size(self) -> int:

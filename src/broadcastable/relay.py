@@ -12,7 +12,6 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -37,6 +36,7 @@ from .outbox import Frame, Outbox
 from .protocol import BEGINNING, Created
 from .provisioner import StreamProvisioner, run
 from .settings import Settings, seconds
+from .tracing import append_span
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +59,7 @@ class Found:
 
 
 class Relay:
-    """Delivers streams from the outbox to the stream server. Thread safe; meant for worker threads.
-
-    Args:
-        on_delivered: Called with each frame once it is acked; for metrics and traces.
-    """
+    """Delivers streams from the outbox to the stream server. Thread safe; meant for worker threads."""
 
     def __init__(
         self,
@@ -71,13 +67,10 @@ class Relay:
         client: StreamClient,
         provisioner: StreamProvisioner,
         settings: Settings,
-        *,
-        on_delivered: Callable[[Frame], None] | None = None,
     ) -> None:
         self._outbox = outbox
         self._client = client
         self._provisioner = provisioner
-        self._on_delivered = on_delivered
         # A little longer than one request: whoever still waits for an answer then has none to get.
         self._lease_for = seconds(settings.request_timeout) + 1.0
         self._failures: dict[str, int] = {}
@@ -152,7 +145,8 @@ class Relay:
                     return
             looked, look = look, False
             try:
-                appended = self._client.append(frame.stream, frame_body(frame.events), frame.id, attempts=1)
+                with append_span(frame):
+                    appended = self._client.append(frame.stream, frame_body(frame.events), frame.id, attempts=1)
             except StreamTimeout:
                 look, failures = True, self._brief(failures)
             except StreamNotFound:
@@ -203,8 +197,9 @@ class Relay:
         if self._outbox.ack(frame, offset=offset, events=events):
             counters.increment("events_delivered", events or len(frame.events))
             counters.increment("frames_delivered")
-            if self._on_delivered is not None:
-                self._on_delivered(frame)
+            now = time.time_ns() // 1_000_000
+            for batch in frame.batches:
+                counters.duration("commit_to_append", max(0, now - batch.created_at) / 1000)
 
     def _create(self, stream: str) -> Created:
         return run(self._provisioner.create(stream), self._client, self._provisioner)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ import httpx
 import sqlalchemy as sa
 from sqlalchemy.orm import InstanceState, Session
 
-from . import transactions
+from . import metrics, transactions
 from .client import AsyncStreamClient, StreamClient
 from .counters import counters
 from .errors import BlankStreamables, ConfigurationError, StreamNotFound, UnknownPermission, UsageError
@@ -273,6 +274,8 @@ class DurableStreams(_Verbs):
         if self._relay is None:
             with self._lock:
                 if self._relay is None:
+                    if "prometheus_client" in sys.modules:
+                        metrics.install()
                     self._relay = Relay(self.outbox, self.client, self.provisioner, self.settings)
         return self._relay
 
@@ -724,6 +727,16 @@ def current() -> DurableStreams:
     return found
 
 
+def is_default(durable_streams: object) -> bool:
+    """Whether `current()` made *durable_streams*: then `actors.declare()` without one means it too."""
+    return any(each is durable_streams for each in _instances.values())
+
+
+def is_default(durable_streams: DurableStreams) -> bool:
+    """Whether `current()` made it, for whichever settings."""
+    return _instances.get(durable_streams.settings) is durable_streams
+
+
 def current_async() -> AsyncDurableStreams:
     """The asynchronous twin of `current()`."""
     twin = current()
@@ -753,5 +766,6 @@ __all__ = [
     "current_async",
     "durable_streams_for",
     "intercepting",
+    "is_default",
     "session_of",
 ]
