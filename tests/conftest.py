@@ -18,6 +18,9 @@ import redis
 import sqlalchemy as sa
 
 from broadcastable.events import ChangeEvent
+from broadcastable.server.embedded import EmbeddedServer, embedded_server
+from broadcastable.settings import Settings
+from broadcastable.tokens import generate_key_pair
 from tests import services
 from tests.state_protocol import Tap
 
@@ -149,7 +152,13 @@ def engine(database_url: str) -> Iterator[sa.Engine]:
 
 
 @pytest.fixture(scope="session")
-def stream_server() -> Iterator[services.PlainStreamServer]:
-    """A Durable Streams server in this process, one for all tests: each uses stream names of its own."""
-    with services.PlainStreamServer() as server:
+def signing_key() -> str:
+    """The PEM of the private key that `stream_server` trusts."""
+    return generate_key_pair().private_pem
+
+
+@pytest.fixture(scope="session")
+def stream_server(signing_key: str) -> Iterator[EmbeddedServer]:
+    """The embedded stream server, one for all tests: each uses stream names of its own."""
+    with embedded_server(settings=Settings(signing_key=signing_key)) as server:
         yield server

@@ -5,13 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from broadcastable.settings import Settings
-from broadcastable.tokens import Gatekeeper
 from tests.core.origin import Origin
-
-
-@pytest.fixture(scope="session")
-def signing_key() -> str:
-    return Gatekeeper.generate_key_pair().private_pem
 
 
 @pytest.fixture
