@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import dramatiq
 import redis
@@ -31,7 +32,12 @@ def declared_broker() -> dramatiq.Broker | None:
     return _declared
 
 
-def declare(broker: dramatiq.Broker | None = None, durable_streams: Delivering | None = None) -> None:
+def declare(
+    broker: dramatiq.Broker | None = None,
+    durable_streams: Delivering | None = None,
+    *,
+    low_latency: bool | Literal["all"] = True,
+) -> None:
     """Let *broker* carry the wake-ups of *durable_streams*, and its workers deliver them.
 
     Call it where the broker is made, in a module that the web processes and the workers import alike. No network I/O.
@@ -42,6 +48,7 @@ def declare(broker: dramatiq.Broker | None = None, durable_streams: Delivering |
     Args:
         broker: The application's broker; `dramatiq.get_broker()` when None.
         durable_streams: None means the default one, looked up when it is first needed, so `configure()` may come later.
+        low_latency: See `DeliveryMiddleware`; the last call decides.
 
     Raises:
         ConfigurationError: Its namespace cannot be the name of a queue.
@@ -55,9 +62,10 @@ def declare(broker: dramatiq.Broker | None = None, durable_streams: Delivering |
     for middleware in broker.middleware:
         if isinstance(middleware, DeliveryMiddleware):
             middleware.serve(durable_streams)
+            middleware.low_latency = low_latency
             break
     else:
-        middleware = DeliveryMiddleware(durable_streams)
+        middleware = DeliveryMiddleware(durable_streams, low_latency=low_latency)
         broker.add_middleware(middleware)
     if durable_streams is not None:
         declare_actor(broker, durable_streams, middleware.is_stopping)

@@ -9,11 +9,12 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import dramatiq
 from dramatiq.middleware.threading import Interrupt
 
+from . import low_latency
 from .outbox import Outbox
 from .settings import Settings
 from .sweeper import Sweeper
@@ -70,10 +71,13 @@ class DeliveryMiddleware(dramatiq.Middleware):
 
     Args:
         durable_streams: None means the default one, looked up when a worker boots.
+        low_latency: Whether a RedisBroker's consumers block in Redis instead of polling. True: those of our own
+            queue, so that the application's own are consumed as ever. "all": those too.
     """
 
-    def __init__(self, durable_streams: Delivering | None = None) -> None:
+    def __init__(self, durable_streams: Delivering | None = None, *, low_latency: bool | Literal["all"] = True) -> None:
         self._served: list[Delivering | None] = [durable_streams]
+        self.low_latency = low_latency
         self._sweepers: list[Sweeper] = []
         self._stopping = threading.Event()
 
@@ -92,6 +96,8 @@ class DeliveryMiddleware(dramatiq.Middleware):
             durable_streams = each if each is not None else _current()
             queue = queue_name(durable_streams.settings.namespace)
             declare_actor(broker, durable_streams, self.is_stopping)
+            if self.low_latency:
+                low_latency.install(broker, None if self.low_latency == "all" else {queue})
             if worker.consumer_whitelist and queue not in worker.consumer_whitelist:
                 log.warning(
                     "This worker does not take the queue %r, so it delivers no streams. "

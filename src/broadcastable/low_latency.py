@@ -1,0 +1,254 @@
+"""A consumer for Dramatiq's RedisBroker that waits in Redis for the next message instead of sleeping between polls.
+
+The stock consumer sleeps up to a second when idle. This one asks Redis to *block*: `BLMOVE q q LEFT LEFT t` takes the
+head of the queue's own list and puts it back in one step, so it looks without taking, producers stay as they are and
+there is no new key (Redis 6.2 or Valkey). It wraps the stock consumer, which still fetches, decodes, acks and requeues.
+Where Dramatiq has changed, or Redis does not know the command, it steps aside with one warning: slower, still right.
+
+Every idle process wakes for every message, which is cheap up to about 16 worker processes on one queue.
+"""
+
+from __future__ import annotations
+
+import copy
+import heapq
+import logging
+import random
+import sys
+import threading
+import time
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import redis
+from dramatiq import Broker, Consumer, MessageProxy
+from dramatiq.brokers.redis import RedisBroker
+from dramatiq.common import current_millis, q_name
+from dramatiq.errors import ConnectionClosed
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT = 5.0
+"""Seconds, at most, between two commands that tell Redis that this worker lives (a quarter of the broker's timeout, if
+that is less). Without them another worker would run again what this one is still running."""
+
+PAUSE = 0.1
+"""Seconds between two fetches while Redis answers those but not the wait."""
+
+ANSWER_MARGIN = 5.0
+"""Seconds that an answer may take beyond the time for which Redis was asked to block."""
+
+_BROKER_PARTS = ("client", "namespace", "heartbeat_timeout", "maintenance_chance", "consumer_class")
+_CONSUMER_PARTS = ("message_cache", "outstanding_message_count", "prefetch", "queue_name", "timeout")
+
+
+def install(broker: Broker, queues: Collection[str] | None) -> bool:
+    """Let the consumers of *broker* block in Redis. Before a worker boots; may be repeated, and adds up.
+
+    Args:
+        queues: For these queues only, with their delay queues; None means all.
+
+    Returns:
+        Whether they will. False for other brokers, which push messages anyway, and for a RedisBroker unlike the one
+        that this was written for, with a warning.
+    """
+    if not isinstance(broker, RedisBroker):
+        return False
+    already = vars(broker).get("consume")
+    if isinstance(already, _BlockingConsume):
+        already.add(queues)
+        return True
+    missing = [part for part in _BROKER_PARTS if not hasattr(broker, part)]
+    if missing:
+        _warn(f"the broker has no {', '.join(missing)}")
+        return False
+    # On the instance: the class, and other brokers of the process, stay as they are.
+    broker.consume = _BlockingConsume(broker, queues)  # type: ignore[method-assign]
+    return True
+
+
+def _warn(reason: str) -> None:
+    log.warning(
+        "Wake-ups take up to a second: Dramatiq's RedisBroker is not as expected (%s), so its stock consumer polls. "
+        "The environment variable dramatiq_worker_timeout=20 makes it poll more often",
+        reason,
+    )
+
+
+def _lost(error: redis.RedisError) -> ConnectionClosed:
+    return ConnectionClosed(error)  # type: ignore[no-untyped-call]
+
+
+class _NotHere(Exception):
+    """This Redis has no blocking peek, or does not let us use it."""
+
+
+def _is_refused(error: redis.ResponseError) -> bool:
+    return isinstance(error, redis.exceptions.NoPermissionError) or "unknown command" in str(error).lower()
+
+
+class _BlockingConsume:
+    """Stands in for `broker.consume`."""
+
+    def __init__(self, broker: RedisBroker, queues: Collection[str] | None) -> None:
+        self._broker = broker
+        self._stock = broker.consume
+        self._queues = None if queues is None else set(queues)
+
+    def add(self, queues: Collection[str] | None) -> None:
+        self._queues = None if queues is None or self._queues is None else self._queues | set(queues)
+
+    def __call__(self, queue_name: str, prefetch: int = 1, timeout: int = 5000) -> Consumer:
+        stock = self._stock(queue_name, prefetch, timeout)
+        if self._queues is not None and q_name(queue_name) not in self._queues:
+            return stock
+        missing = [part for part in _CONSUMER_PARTS if not hasattr(stock, part)]
+        if missing:
+            _warn(f"its consumer has no {', '.join(missing)}")
+            return stock
+        return BlockingConsumer(stock, self._broker)
+
+
+def _blocking_client(client: redis.Redis) -> redis.Redis:
+    """A client of our own of the same server: its connection is always in use, and waits longer for its answers."""
+    pool = client.connection_pool
+    options = {
+        **pool.connection_kwargs,
+        "socket_timeout": HEARTBEAT + ANSWER_MARGIN,
+        "retry": Retry(NoBackoff(), 0),
+    }
+    return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **options))
+
+
+class BlockingConsumer(Consumer):
+    """Wraps the stock *stock* consumer of one queue. Like that, it belongs to one thread but for `ack` and `nack`."""
+
+    def __init__(self, stock: Any, broker: RedisBroker) -> None:
+        self._stock = stock
+        self._broker = broker
+        self._client = _blocking_client(broker.client)
+        self._key = f"{broker.namespace}:{stock.queue_name}"
+        self._longest_wait = stock.timeout / 1000
+        self._heartbeat = min(HEARTBEAT, broker.heartbeat_timeout / 4000)
+        self._maintenance_interval = broker.heartbeat_timeout / 4000
+        # The same broker and worker to Redis, but each of its commands puts back what dead workers held.
+        self._maintainer = copy.copy(broker)
+        self._maintainer.maintenance_chance = sys.maxsize
+        self._maintenance_at = time.monotonic() + self._maintenance_interval * random.uniform(0.5, 1.0)
+        self._beat_at = 0.0
+        self._room = threading.Event()
+        self._etas: list[tuple[int, str]] = []
+        self._delayed: set[str] = set()
+        self._dry = False
+        self._aside = False
+
+    def __next__(self) -> MessageProxy | None:
+        try:
+            if not self._aside and not self._stock.message_cache and not self._filled():
+                return None
+            return self._remember_eta(next(self._stock))
+        except redis.TimeoutError as error:
+            # The stock consumer knows connection errors only, and Dramatiq takes anything else for a defect of its own.
+            raise _lost(error) from None
+
+    def _filled(self) -> bool:
+        """Wait for messages, up to the worker's timeout; False when it is time to look around without one."""
+        try:
+            return self._wait_and_fetch()
+        except redis.ConnectionError as error:
+            raise _lost(error) from None
+        except (_NotHere, AttributeError, TypeError) as error:
+            _warn(str(error))
+            self._aside = True
+            return True
+
+    def _wait_and_fetch(self) -> bool:
+        room = self._free_places()
+        wait = min(self._longest_wait, self._until_beat(), self._until_eta())
+        if room <= 0:
+            self._room.wait(wait)
+            room = self._free_places()
+        elif self._dry and not self._peek(wait):
+            room = 0
+        if room > 0 or self._until_beat() <= 0.0:
+            # A fetch of nothing is a heartbeat.
+            messages = self._fetch(room)
+            self._dry = not messages
+            self._stock.message_cache = messages
+            return bool(messages)
+        return False
+
+    def _free_places(self) -> int:
+        self._room.clear()  # before counting: a message acked in between sets it again
+        return int(self._stock.prefetch - self._stock.outstanding_message_count)
+
+    def _peek(self, seconds: float) -> bool:
+        """Wait until there is a message in the queue; False after *seconds*."""
+        if seconds <= 0.0:
+            return False
+        try:
+            return self._client.blmove(self._key, self._key, max(seconds, 0.001), "LEFT", "LEFT") is not None  # type: ignore[arg-type]
+        except redis.RedisError as error:
+            if isinstance(error, redis.ResponseError) and _is_refused(error):
+                raise _NotHere(f"Redis 6.2 or Valkey is needed: {error}") from error
+            # Whether Redis is away is for the fetch to find out, with the retries that the application chose.
+            time.sleep(PAUSE)
+            return True
+
+    def _fetch(self, room: int) -> list[bytes | None]:
+        now = time.monotonic()
+        broker = self._broker
+        if now >= self._maintenance_at:
+            self._maintenance_at = now + self._maintenance_interval * random.uniform(0.8, 1.2)
+            broker = self._maintainer
+        messages: list[bytes | None] = broker.do_fetch(self._stock.queue_name, max(room, 0))
+        self._beat_at = time.monotonic() + self._heartbeat
+        return messages
+
+    def _until_beat(self) -> float:
+        return self._beat_at - time.monotonic()
+
+    # --- delayed messages: Dramatiq looks at them only between two messages, so be back when one is due ---
+
+    def _remember_eta(self, message: MessageProxy | None) -> MessageProxy | None:
+        eta = None if message is None else message.options.get("eta")
+        if message is not None and isinstance(eta, int | float):
+            heapq.heappush(self._etas, (int(eta), message.message_id))
+            self._delayed.add(message.message_id)
+        return message
+
+    def _until_eta(self) -> float:
+        while self._etas and self._etas[0][1] not in self._delayed:
+            heapq.heappop(self._etas)
+        return (self._etas[0][0] - current_millis()) / 1000 if self._etas else self._longest_wait
+
+    # --- the rest is the stock consumer's ---
+
+    def ack(self, message: MessageProxy) -> None:
+        try:
+            self._stock.ack(message)
+        except redis.TimeoutError as error:
+            raise _lost(error) from None  # acked again later, which changes nothing
+        finally:
+            self._done(message)
+
+    def nack(self, message: MessageProxy) -> None:
+        try:
+            self._stock.nack(message)
+        except redis.TimeoutError as error:
+            raise _lost(error) from None
+        finally:
+            self._done(message)
+
+    def _done(self, message: MessageProxy) -> None:
+        self._delayed.discard(message.message_id)
+        self._room.set()
+
+    def requeue(self, messages: Iterable[MessageProxy]) -> None:
+        self._stock.requeue(messages)
+
+    def close(self) -> None:
+        self._stock.close()
+        self._client.connection_pool.disconnect()
