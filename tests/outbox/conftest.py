@@ -9,8 +9,9 @@ import pytest
 
 from broadcastable.outbox import Outbox
 from broadcastable.outbox.memory import MemoryOutbox
+from broadcastable.outbox.redis import RedisOutbox
 
-STORES = ("memory",)
+STORES = ("memory", "redis")
 
 
 @pytest.fixture(params=STORES)
@@ -20,11 +21,14 @@ def make_outbox(request: pytest.FixtureRequest) -> Iterator[Callable[..., Outbox
     shared: list[Outbox] = []
 
     def make(**limits: Any) -> Outbox:
+        outbox: Outbox
         limits = {"max_frame_bytes": 1 << 20, "max_frame_events": 1_000, **limits}
         if request.param == "memory":
             if not shared:
                 shared.append(MemoryOutbox(max_bytes=64 << 20, **limits))
             outbox = shared[0]
+        elif request.param == "redis":
+            outbox = RedisOutbox(request.getfixturevalue("valkey_url"), namespace="test", **limits)
         opened.append(outbox)
         return outbox
 

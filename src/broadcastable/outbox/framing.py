@@ -73,3 +73,16 @@ def first_events(frame: Frame, count: int) -> Frame:
 def new_lease() -> str:
     """A name that no other claim has."""
     return secrets.token_hex(8)
+
+
+def parts_of(sizes: Iterable[int], limits: Limits) -> list[int]:
+    """Where to cut a batch whose events have these *sizes* into parts that fit a frame: 0, ..., number of events."""
+    bounds, events, size = [0], 0, 1
+    number = 0
+    for number, event in enumerate(sizes, 1):
+        if events and (events == limits.max_events or size + event + 1 > limits.max_bytes):
+            bounds.append(number - 1)
+            events, size = 0, 1
+        events += 1
+        size += event + 1
+    return [*bounds, number]

@@ -1,0 +1,101 @@
+-- What all scripts share. Each works on the keys of one stream: its queue (a list) and its state (a hash).
+--
+-- An element of the queue is a batch, or a part of one that its writer found too large for a frame:
+--   8 bytes  put at, ms, double      by this server's clock, added by push.lua
+--   8 bytes  created at, ms, double  by the writer's clock
+--   1 byte   1 when the batch ends here, 0 when its next part follows
+--   4 bytes  number of events, then 4 bytes for the length of each
+--   then what Lua never reads: the batch's id, txid and trace, and the events. All numbers are big-endian.
+--
+-- Fields of the state:
+--   epoch, seq        the producer's, of the frozen frame or the next one
+--   skip              events at the head of the queue's first element that are acked
+--   count, elements   events and queue elements of the frozen frame; absent when none is
+--   done, rest        what its ack removes: whole elements, and the skip that then holds
+--   ends              batches that end within it
+--   anchor            an offset from before the frame
+--   lease, until      who claimed last, and to when
+--   after             no claim before this time (ms)
+--   parked            the error that parked the stream
+--   woken             when a wake-up was asked for or a claim given; absent when no worker knows of the stream
+--   batches, events   undelivered, for `pending` only
+
+local ENDS_AT, COUNT_AT, LENGTHS_AT = 17, 18, 22
+
+local function now_ms()
+  local time = redis.call('TIME')
+  return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
+-- Numbers as integers in text: Lua's own conversion would write 1.7e+12.
+local function text(number)
+  return string.format('%.0f', number)
+end
+
+local function ends(element)
+  return element:byte(ENDS_AT) == 1
+end
+
+local function event_count(element)
+  return (struct.unpack('>I4', element, COUNT_AT))
+end
+
+-- Walk the queue's elements from its head, a page at a time: a page is small at first and grows while elements are.
+local function walk(queue, visit)
+  local index, page, bytes = 0, 8, 0
+  while true do
+    local found = redis.call('LRANGE', queue, index, index + page - 1)
+    for _, element in ipairs(found) do
+      if not visit(element) then return end
+      bytes = bytes + #element
+    end
+    if #found < page then return end
+    index = index + page
+    page = math.max(1, math.min(256, math.floor(524288 * index / bytes)))
+  end
+end
+
+-- The first `count` events after `skip`: which elements hold them and what their ack removes.
+local function measure(queue, skip, count)
+  local cut = {elements = 0, done = 0, rest = 0, ends = 0}
+  local left = count
+  walk(queue, function(element)
+    if left == 0 then return false end
+    local here = event_count(element) - skip
+    cut.elements = cut.elements + 1
+    if here <= left then
+      cut.done = cut.done + 1
+      if ends(element) then cut.ends = cut.ends + 1 end
+      left = left - here
+      skip = 0
+    else
+      cut.rest = skip + left
+      left = 0
+    end
+    return true
+  end)
+  return cut
+end
+
+local function freeze(state, count, cut)
+  redis.call('HSET', state, 'count', count, 'elements', cut.elements, 'done', cut.done, 'rest', cut.rest,
+    'ends', cut.ends)
+end
+
+-- Whether the frozen frame has this epoch and number; and how many events it holds.
+local function is_current(state, epoch, seq)
+  local held = redis.call('HMGET', state, 'epoch', 'seq', 'count')
+  return held[1] == epoch and held[2] == seq and held[3] ~= false, tonumber(held[3] or 0)
+end
+
+-- The frozen frame as the client reads it, or false when none is.
+local function frozen(queue, state)
+  local held = redis.call('HMGET', state, 'epoch', 'seq', 'skip', 'count', 'anchor', 'elements')
+  if not held[4] then return false end
+  return {held[1], held[2], held[3] or '0', held[4], held[5], redis.call('LRANGE', queue, 0, held[6] - 1)}
+end
+
+-- The caller's own frame, as it is now.
+local function own(state)
+  return {'own', redis.call('HMGET', state, 'epoch', 'seq', 'count', 'anchor')}
+end
