@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -163,3 +164,26 @@ def wait_until(condition: Callable[[], object], *, within: float = 10.0, what: s
         if time.monotonic() > deadline:
             raise AssertionError(f"{what} did not come true within {within} seconds")
         time.sleep(0.005)
+
+
+class PlainStreamServer:
+    """The stream server that the embedded one is made of, without our middleware: no tokens are asked for."""
+
+    def __enter__(self) -> PlainStreamServer:
+        import uvicorn
+        from rakaia import create_app
+
+        self._socket = socket.socket()
+        self._socket.bind(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/v1/streams"
+        config = uvicorn.Config(create_app(), log_level="warning", lifespan="off", access_log=False)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)
+        self._thread.start()
+        wait_until(lambda: self._server.started, what="the start of the stream server")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._server.should_exit = self._server.force_exit = True
+        self._thread.join()
+        self._socket.close()
