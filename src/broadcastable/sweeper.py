@@ -58,7 +58,7 @@ class Sweeper:
         self._due: deque[str] = deque()
         self._stopping = False
         self._sweeping = threading.Thread(target=self._sweep_until_stopped, name="broadcastable-sweeper", daemon=True)
-        self._delivering: set[threading.Thread] = set()
+        self._delivering: dict[threading.Thread, str | None] = {}
 
     def start(self) -> None:
         """Start sweeping. A sweeper is started once."""
@@ -108,19 +108,22 @@ class Sweeper:
         with self._changed:
             if self._stopping:
                 return
-            self._due.extend(streams)
-            for _ in range(min(len(streams), self._most_threads - len(self._delivering))):
+            # One whose lease ran out while a thread of ours is still at it would only take a second thread.
+            fresh = [stream for stream in streams if stream not in self._delivering.values()]
+            self._due.extend(fresh)
+            for _ in range(min(len(fresh), self._most_threads - len(self._delivering))):
                 thread = threading.Thread(target=self._deliver_due, name="broadcastable-sweep", daemon=True)
-                self._delivering.add(thread)
+                self._delivering[thread] = None
                 thread.start()
 
     def _deliver_due(self) -> None:
+        thread = threading.current_thread()
         while True:
             with self._changed:
                 if not self._due:
-                    self._delivering.discard(threading.current_thread())
+                    del self._delivering[thread]
                     return
-                stream = self._due.popleft()
+                stream = self._delivering[thread] = self._due.popleft()
                 self._changed.notify_all()
             try:
                 self._deliver(stream)
