@@ -51,6 +51,9 @@ ATTEMPTS = 3
 _LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=4.0)
 _LONGEST_WAIT = 2.0
 
+stand_ins: dict[str, httpx.MockTransport] = {}
+"""Origins (`http://host`) that are answered inside this process, for tests; see `testing.MemoryStreams`."""
+
 
 class _Sending:
     """What both clients share: URLs, headers, what an httpx error means, and when to try again."""
@@ -104,7 +107,9 @@ class StreamClient(_Sending):
         transport: An httpx transport in place of the network, for tests and `testing.MemoryStreams`.
     """
 
-    def __init__(self, settings: Settings, gatekeeper: Gatekeeper, *, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(
+        self, settings: Settings, gatekeeper: Gatekeeper, *, transport: httpx.BaseTransport | None = None
+    ) -> None:
         super().__init__(settings, gatekeeper)
         self._transport = transport
         self._lock = threading.Lock()
@@ -119,7 +124,11 @@ class StreamClient(_Sending):
             # A child that shared its parent's sockets would read the parent's answers.
             if self._http is None or self._pid != os.getpid():
                 self._http = httpx.Client(
-                    timeout=self._timeout, limits=_LIMITS, transport=self._transport, trust_env=False
+                    timeout=self._timeout,
+                    limits=_LIMITS,
+                    transport=self._transport,
+                    mounts=stand_ins,
+                    trust_env=False,
                 )
                 self._pid = os.getpid()
             return self._http
@@ -207,7 +216,11 @@ class AsyncStreamClient(_Sending):
         http = self._https.get(loop)
         if http is None:
             http = self._https[loop] = httpx.AsyncClient(
-                timeout=self._timeout, limits=_LIMITS, transport=self._transport, trust_env=False
+                timeout=self._timeout,
+                limits=_LIMITS,
+                transport=self._transport,
+                mounts=stand_ins,
+                trust_env=False,
             )
         return http
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -40,14 +41,38 @@ ABSENT: Final = _Absent()
 TXID_MARKER_TYPE = "$tx"
 
 
+def _random_txid() -> str:
+    return str(uuid.uuid4())
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+_make_txid: Callable[[], str] = _random_txid
+_now: Callable[[], datetime] = _utc_now
+
+
 def new_txid() -> str:
     """A fresh transaction id: a random UUID as text."""
-    return str(uuid.uuid4())
+    return _make_txid()
 
 
 def utc_timestamp() -> str:
     """Now, as RFC 3339 with milliseconds and Z."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return _now().astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@contextmanager
+def pinning(*, txid: Callable[[], str] | None = None, clock: Callable[[], datetime] | None = None) -> Iterator[None]:
+    """Take new txids and the time of events from *txid* and *clock*, in all threads; see `testing.freeze_txid`."""
+    global _make_txid, _now
+    previous = _make_txid, _now
+    _make_txid, _now = txid or _make_txid, clock or _now
+    try:
+        yield
+    finally:
+        _make_txid, _now = previous
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

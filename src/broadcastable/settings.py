@@ -246,6 +246,7 @@ def read_pem(key: str, setting: str) -> bytes:
 
 
 _default: Settings | None = None
+_pinned: Settings | None = None
 _default_lock = threading.Lock()
 _overridden: ContextVar[Settings | None] = ContextVar("broadcastable_settings", default=None)
 
@@ -256,6 +257,8 @@ def current_settings() -> Settings:
     override = _overridden.get()
     if override is not None:
         return override
+    if _pinned is not None:
+        return _pinned
     if _default is None:
         with _default_lock:
             if _default is None:
@@ -285,3 +288,17 @@ def override(**changes: Any) -> Iterator[Settings]:
         yield settings
     finally:
         _overridden.reset(token)
+
+
+@contextmanager
+def pinned(settings: Settings) -> Iterator[None]:
+    """Put *settings* in place of the process default: in all threads, and whatever `configure()` says meanwhile.
+
+    For tests, where an override would not reach the threads of a server that has started before; see `testing`.
+    """
+    global _pinned
+    previous, _pinned = _pinned, settings
+    try:
+        yield
+    finally:
+        _pinned = previous

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
@@ -21,7 +21,7 @@ import httpx
 import sqlalchemy as sa
 from sqlalchemy.orm import InstanceState, Session
 
-from . import metrics, transactions
+from . import metrics, snapshots, transactions
 from .client import AsyncStreamClient, StreamClient
 from .counters import counters
 from .errors import BlankStreamables, ConfigurationError, StreamNotFound, UnknownPermission, UsageError
@@ -43,11 +43,14 @@ from .protocol import (
 from .provisioner import Flow, StreamProvisioner, arun, run
 from .relay import Relay
 from .settings import Settings, current_settings, seconds
+from .snapshots import Snapshot
 from .tokens import PERMISSIONS, Gatekeeper
 from .values import to_json_value
 
 if TYPE_CHECKING:
     import dramatiq
+
+    from sqlalchemy.ext.asyncio import AsyncSession
 
     from .actors import Wakeups
 
@@ -59,10 +62,11 @@ log = logging.getLogger(__name__)
 class Interceptor(Protocol):
     """Stands between the verbs and the network, for tests; see `intercepting`."""
 
-    def intercept(self, batches: Sequence[Batch], *, deferred: bool, joined: bool) -> bool:
+    def intercept(self, batches: Sequence[Batch], *, sender: DurableStreams, deferred: bool, joined: bool) -> bool:
         """Look at *batches* on their way out.
 
         Args:
+            sender: Whose batches they are; of an `AsyncDurableStreams`, its synchronous twin.
             deferred: They were on their way to the outbox rather than straight to the server.
             joined: Their session was joined into an outer transaction that nobody here commits.
 
@@ -85,9 +89,11 @@ def intercepting(interceptor: Interceptor) -> Iterator[None]:
         _interceptors.remove(interceptor)
 
 
-def _intercepted(batches: Sequence[Batch], *, deferred: bool, joined: bool = False) -> bool:
+def _intercepted(batches: Sequence[Batch], *, sender: DurableStreams, deferred: bool, joined: bool = False) -> bool:
     # The innermost is asked first; one that keeps the batches ends it.
-    return any(each.intercept(batches, deferred=deferred, joined=joined) for each in reversed(_interceptors))
+    return any(
+        each.intercept(batches, sender=sender, deferred=deferred, joined=joined) for each in reversed(_interceptors)
+    )
 
 
 class _Verbs:
@@ -186,9 +192,7 @@ def _known_permissions(permissions: Iterable[str]) -> list[str]:
     return [each for each in PERMISSIONS if each in wanted]
 
 
-def _event(
-    *, type: str, key: object, value: Any, operation: str, old_value: Any, txid: str
-) -> ChangeEvent:
+def _event(*, type: str, key: object, value: Any, operation: str, old_value: Any, txid: str) -> ChangeEvent:
     try:
         known = Operation(operation)
     except ValueError:
@@ -329,7 +333,7 @@ class DurableStreams(_Verbs):
 
     def committed(self, batches: Sequence[Batch], *, joined: bool = False) -> None:
         """After commit: hand *batches* over and wake the workers. Never raises, never blocks an event loop."""
-        if _intercepted(batches, deferred=True, joined=joined):
+        if _intercepted(batches, sender=self, deferred=True, joined=joined):
             return
         if joined:
             counters.increment("batches_refused", len(batches))
@@ -345,7 +349,7 @@ class DurableStreams(_Verbs):
     def append_now(self, stream: str, events: Sequence[bytes], *, txid: str | None = None) -> str | None:
         """Provision *stream* and append *events* in one POST; the offset after them."""
         batch = Batch(stream=stream, events=tuple(events), txid=txid or new_txid())
-        if _interceptors and _intercepted([batch], deferred=False):
+        if _interceptors and _intercepted([batch], sender=self, deferred=False):
             return None
         return self._run(self._append(stream, frame_body(events)))
 
@@ -447,7 +451,7 @@ class DurableStreams(_Verbs):
         batch = Batch(stream=name, events=(event,), txid=txid)
         if not self.transactional:
             self.committed([batch])
-        elif not _intercepted([batch], deferred=True):
+        elif not _intercepted([batch], sender=self, deferred=True):
             # No transaction to be part of: a short one of the outbox's own.
             self.wakeups.wake(self.outbox.put([batch]))
 
@@ -499,6 +503,75 @@ class DurableStreams(_Verbs):
         name = self._needed_name(streamables)
         self._run(self._ensure(name))
         return name
+
+    def snapshot(
+        self,
+        session: Session,
+        statement: sa.Select[Any],
+        *streamables: Streamable,
+        permissions: Iterable[str] = ("read",),
+        identity: object = None,
+        expires_in: timedelta | float | None = None,
+        wait: timedelta | float = 0.0,
+    ) -> Snapshot:
+        """The rows of *statement* and the offset from which every later change of them follows.
+
+        One HEAD, then *statement* in a transaction that begins after it. A client applies the events, then tails the
+        stream from the offset.
+
+        Args:
+            session: In no transaction, or in one that sees the present at every statement (READ COMMITTED).
+            statement: A `select()` of one mapped class, of the rows that belong to the stream.
+            wait: How long, at most, to wait first until the outbox has nothing undelivered for the stream: a client
+                then does not see a row go back to an older state for a moment.
+
+        Raises:
+            StaleSnapshotError: The session's transaction may be older than the offset, or has uncommitted changes.
+            UsageError: Not such a statement. And whatever `signed_stream_primitives` and `stream_offset` raise.
+        """
+        snapshots.check_statement(statement)
+        name = self._needed_name(streamables)
+        url, token = self.signed_stream_primitives(
+            name, permissions=permissions, identity=identity, expires_in=expires_in
+        )
+        self._wait_for_outbox(name, seconds(wait))
+        offset = self.stream_offset(name)
+        events = snapshots.read_events(session, statement, self._row_encoder(name))
+        return Snapshot(offset=offset, events=events, url=url, token=token)
+
+    def stream_snapshot(
+        self,
+        session: Session,
+        statement: sa.Select[Any],
+        *streamables: Streamable,
+        permissions: Iterable[str] = ("read",),
+        identity: object = None,
+        expires_in: timedelta | float | None = None,
+        wait: timedelta | float = 0.0,
+    ) -> Iterator[bytes]:
+        """`snapshot` for results that do not fit into memory: its JSON text, piece by piece, as the body of a response."""
+        snapshots.check_statement(statement)
+        name = self._needed_name(streamables)
+        url, token = self.signed_stream_primitives(
+            name, permissions=permissions, identity=identity, expires_in=expires_in
+        )
+        self._wait_for_outbox(name, seconds(wait))
+        head = encode_json({"offset": self.stream_offset(name), "url": url, "token": token})
+        yield head[:-1] + b',"events":['
+        comma = b""
+        for chunk in snapshots.stream_events(session, statement, self._row_encoder(name)):
+            yield comma + b",".join(chunk)
+            comma = b","
+        yield b"]}"
+
+    def _wait_for_outbox(self, name: str, timeout: float) -> None:
+        if timeout > 0:
+            snapshots.wait_until(lambda: all(each.parked for each in self.outbox.pending(name)), timeout)
+
+    def _row_encoder(self, name: str) -> snapshots.EncodeRow:
+        from .capture import snapshot_event  # the capture stands on the verbs, so this looks up late
+
+        return lambda record: snapshot_event(record, name, self.settings)
 
     def close_stream(self, *streamables: Streamable) -> str | None:
         """Let nothing be appended any more; the final offset. Readers learn it. Cannot be undone."""
@@ -565,7 +638,7 @@ class AsyncDurableStreams(_Verbs):
     async def append_now(self, stream: str, events: Sequence[bytes], *, txid: str | None = None) -> str | None:
         """See `DurableStreams.append_now`."""
         batch = Batch(stream=stream, events=tuple(events), txid=txid or new_txid())
-        if _interceptors and _intercepted([batch], deferred=False):
+        if _interceptors and _intercepted([batch], sender=self.sync, deferred=False):
             return None
         return await self._run(self._append(stream, frame_body(events)))
 
@@ -668,6 +741,58 @@ class AsyncDurableStreams(_Verbs):
         await self._run(self._ensure(name))
         return name
 
+    async def snapshot(
+        self,
+        session: AsyncSession,
+        statement: sa.Select[Any],
+        *streamables: Streamable,
+        permissions: Iterable[str] = ("read",),
+        identity: object = None,
+        expires_in: timedelta | float | None = None,
+        wait: timedelta | float = 0.0,
+    ) -> Snapshot:
+        """See `DurableStreams.snapshot`."""
+        snapshots.check_statement(statement)
+        name = self._needed_name(streamables)
+        url, token = await self.signed_stream_primitives(
+            name, permissions=permissions, identity=identity, expires_in=expires_in
+        )
+        await self._wait_for_outbox(name, seconds(wait))
+        offset = await self.stream_offset(name)
+        encode = self.sync._row_encoder(name)
+        events = await session.run_sync(lambda inner: snapshots.read_events(inner, statement, encode))
+        return Snapshot(offset=offset, events=events, url=url, token=token)
+
+    async def stream_snapshot(
+        self,
+        session: AsyncSession,
+        statement: sa.Select[Any],
+        *streamables: Streamable,
+        permissions: Iterable[str] = ("read",),
+        identity: object = None,
+        expires_in: timedelta | float | None = None,
+        wait: timedelta | float = 0.0,
+    ) -> AsyncIterator[bytes]:
+        """See `DurableStreams.stream_snapshot`."""
+        snapshots.check_statement(statement)
+        name = self._needed_name(streamables)
+        url, token = await self.signed_stream_primitives(
+            name, permissions=permissions, identity=identity, expires_in=expires_in
+        )
+        await self._wait_for_outbox(name, seconds(wait))
+        head = encode_json({"offset": await self.stream_offset(name), "url": url, "token": token})
+        yield head[:-1] + b',"events":['
+        chunks = snapshots.stream_events(session.sync_session, statement, self.sync._row_encoder(name))
+        comma = b""
+        while (chunk := await session.run_sync(lambda _: next(chunks, None))) is not None:
+            yield comma + b",".join(chunk)
+            comma = b","
+        yield b"]}"
+
+    async def _wait_for_outbox(self, name: str, timeout: float) -> None:
+        if timeout > 0:
+            await asyncio.to_thread(self.sync._wait_for_outbox, name, timeout)
+
     async def close_stream(self, *streamables: Streamable) -> str | None:
         """See `DurableStreams.close_stream`."""
         return await self._run(self._close_stream(self._needed_name(streamables)))
@@ -735,6 +860,14 @@ def is_default(durable_streams: object) -> bool:
 def is_default(durable_streams: DurableStreams) -> bool:
     """Whether `current()` made it, for whichever settings."""
     return _instances.get(durable_streams.settings) is durable_streams
+
+
+def discard(durable_streams: DurableStreams) -> None:
+    """Close *durable_streams* and forget it as a default: the next `current()` for its settings makes another."""
+    with _instances_lock:
+        for instances in (_instances, _async_instances):
+            instances.pop(durable_streams.settings, None)
+    durable_streams.close()
 
 
 def current_async() -> AsyncDurableStreams:

@@ -1,0 +1,224 @@
+"""A stream server inside the process: what is appended can be read back, without a socket, a thread or a wait.
+
+It speaks enough of the Durable Streams Protocol for an application's own writers and readers: PUT, POST with producer
+headers, HEAD, GET with offsets, DELETE and closing. It checks no tokens and never waits: a live read answers with what
+there is and ends, and its reader comes back from the offset it was given.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import parse_qs, unquote_to_bytes
+
+import httpx
+import msgspec
+
+from broadcastable.client import stand_ins
+from broadcastable.names import Streamable, stream_name_from
+from broadcastable.protocol import BEGINNING, JSON
+
+_numbers = itertools.count(1)
+
+
+@dataclass(slots=True)
+class _Stream:
+    content_type: str
+    ttl: str | None
+    events: list[bytes] = field(default_factory=list)
+    producers: dict[str, tuple[int, int]] = field(default_factory=dict)
+    closed: bool = False
+
+    @property
+    def tail(self) -> str:
+        return f"{len(self.events):016d}"
+
+    def after(self, offset: str) -> int | None:
+        """How many events lie before *offset*; None when it is no offset of this stream."""
+        if offset == BEGINNING:
+            return 0
+        if offset == "now":
+            return len(self.events)
+        return int(offset) if offset.isdecimal() and int(offset) <= len(self.events) else None
+
+
+class MemoryStreams(httpx.MockTransport):
+    """An httpx transport, for asyncio too, that keeps streams in memory. Thread safe.
+
+    Give it to a `DurableStreams`, an `AsyncDurableStreams` or an httpx client of your own:
+
+        memory = MemoryStreams()
+        durable_streams = DurableStreams(settings, transport=memory)
+
+    Or enter it: until its end, every instance whose `server_url` is `memory.url` reaches it, in all threads.
+
+    Attributes:
+        url: Where its streams are, for `Settings.server_url`. No other object has the same, and no network knows it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(self._answer)
+        # RFC 6761, 6.4: names under .invalid never resolve, so what goes past this object fails at once.
+        self._origin = f"http://streams-{next(_numbers)}.memory.invalid"
+        self.url = f"{self._origin}/v1/streams"
+        self._streams: dict[str, _Stream] = {}
+        self._lock = threading.Lock()
+
+    def names(self) -> list[str]:
+        """The streams there are, in the order in which they were made."""
+        with self._lock:
+            return list(self._streams)
+
+    def events(self, *streamables: Streamable) -> list[Any]:
+        """Everything on one stream, oldest first, as parsed JSON; the empty list when there is no such stream."""
+        with self._lock:
+            stream = self._streams.get(stream_name_from(*streamables))
+            stored = [] if stream is None else list(stream.events)
+        return [json.loads(event) for event in stored]
+
+    def clear(self) -> None:
+        """Forget all streams, as a server that lost its memory."""
+        with self._lock:
+            self._streams.clear()
+
+    def __enter__(self) -> Self:
+        stand_ins[self._origin] = self
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        del stand_ins[self._origin]
+
+    def _answer(self, request: httpx.Request) -> httpx.Response:
+        path = request.url.raw_path.split(b"?")[0].removeprefix(b"/v1/streams/")
+        name = unquote_to_bytes(path).decode()
+        with self._lock:
+            match request.method:
+                case "PUT":
+                    return self._create(name, request)
+                case "POST":
+                    return self._append(name, request)
+                case "GET" | "HEAD":
+                    return self._read(name, request)
+                case "DELETE":
+                    return httpx.Response(204 if self._streams.pop(name, None) else 404)
+        return httpx.Response(405)
+
+    def _create(self, name: str, request: httpx.Request) -> httpx.Response:
+        content_type = request.headers.get("Content-Type", "application/octet-stream")
+        ttl = request.headers.get("Stream-TTL")
+        stream = self._streams.get(name)
+        new = stream is None
+        if stream is None:
+            stream = self._streams[name] = _Stream(content_type, ttl)
+        elif (stream.content_type, stream.ttl) != (content_type, ttl):
+            return httpx.Response(409)
+        return _response(201 if new else 200, stream, {"location": str(request.url)})
+
+    def _append(self, name: str, request: httpx.Request) -> httpx.Response:
+        stream = self._streams.get(name)
+        if stream is None:
+            return httpx.Response(404)
+        closing = request.headers.get("Stream-Closed", "").lower() == "true"
+        if stream.closed:
+            return _response(204 if closing and not request.content else 409, stream)
+        if request.content and request.headers.get("Content-Type") != stream.content_type:
+            return httpx.Response(409)
+        try:
+            events = _events_of(request.content, stream.content_type)
+        except msgspec.DecodeError:
+            return httpx.Response(400)
+        if not events and not closing:
+            return httpx.Response(400)
+        produced, refused = _produced(stream, request)
+        if refused is not None:
+            return refused
+        stream.events += events
+        stream.closed = closing
+        return _response(204 if produced is None else 200, stream, produced)
+
+    def _read(self, name: str, request: httpx.Request) -> httpx.Response:
+        stream = self._streams.get(name)
+        if stream is None:
+            return httpx.Response(404)
+        if request.method == "HEAD":
+            return _response(200, stream, None if stream.ttl is None else {"stream-ttl": stream.ttl})
+        # The decoded form would turn a plus sign in an offset into a space.
+        query = parse_qs(request.url.query.decode())
+        live = query.get("live", [None])[0]
+        start = stream.after(query.get("offset", [BEGINNING])[0])
+        if start is None or (live is not None and "offset" not in query):
+            return httpx.Response(400)
+        body = b"".join(stream.events[start:])
+        if stream.content_type == JSON:
+            body = b"[" + b",".join(stream.events[start:]) + b"]"
+        headers = {"stream-up-to-date": "true", "cache-control": "no-store"}
+        if live == "sse":
+            return httpx.Response(
+                200,
+                headers={"content-type": "text/event-stream"},
+                content=_sse(stream, body, start < len(stream.events)),
+            )
+        if live == "long-poll":
+            headers["stream-cursor"] = stream.tail
+            if start == len(stream.events):
+                return _response(204, stream, headers)
+        return _response(200, stream, headers, body)
+
+
+def _events_of(body: bytes, content_type: str) -> list[bytes]:
+    if content_type != JSON:
+        return [body] if body else []
+    if not body:
+        return []
+    # An array is taken apart by one level, anything else is one event (protocol, 7.1).
+    if body.lstrip().startswith(b"["):
+        return [bytes(event) for event in msgspec.json.decode(body, type=list[msgspec.Raw])]
+    return [bytes(msgspec.json.decode(body, type=msgspec.Raw))]
+
+
+def _produced(stream: _Stream, request: httpx.Request) -> tuple[dict[str, str] | None, httpx.Response | None]:
+    """What an idempotent producer is told (protocol, 5.2.1): headers, or a refusal; both None without a producer."""
+    producer = request.headers.get("Producer-Id")
+    if producer is None:
+        return None, None
+    try:
+        epoch, seq = int(request.headers["Producer-Epoch"]), int(request.headers["Producer-Seq"])
+    except (KeyError, ValueError):
+        return None, httpx.Response(400)
+    known_epoch, known_seq = stream.producers.get(producer, (epoch, -1))
+    if epoch < known_epoch:
+        return None, httpx.Response(403, headers={"producer-epoch": str(known_epoch)})
+    if epoch > known_epoch:
+        if seq != 0:
+            return None, httpx.Response(400)
+        known_seq = -1
+    if seq <= known_seq:
+        return None, httpx.Response(204, headers={"producer-epoch": str(epoch), "producer-seq": str(known_seq)})
+    if seq != known_seq + 1:
+        expected = {"producer-expected-seq": str(known_seq + 1), "producer-received-seq": str(seq)}
+        return None, httpx.Response(409, headers=expected)
+    stream.producers[producer] = (epoch, seq)
+    return {"producer-epoch": str(epoch), "producer-seq": str(seq)}, None
+
+
+def _response(
+    status: int, stream: _Stream, headers: dict[str, str] | None = None, content: bytes | None = None
+) -> httpx.Response:
+    headers = {"stream-next-offset": stream.tail, "content-type": stream.content_type, **(headers or {})}
+    if stream.closed:
+        headers["stream-closed"] = "true"
+    return httpx.Response(status, headers=headers, content=content)
+
+
+def _sse(stream: _Stream, body: bytes, some: bool) -> bytes:
+    """What there is as one data event, then the control event that says where to go on (protocol, 5.8)."""
+    control: dict[str, Any] = {"streamNextOffset": stream.tail}
+    control |= {"streamClosed": True} if stream.closed else {"streamCursor": stream.tail, "upToDate": True}
+    data = b"event: data\n" + b"".join(b"data: " + line + b"\n" for line in body.splitlines()) + b"\n"
+    return (data if some else b"") + b"event: control\ndata: " + json.dumps(control).encode() + b"\n\n"

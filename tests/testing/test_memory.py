@@ -1,0 +1,133 @@
+"""`MemoryStreams` answers as a real stream server does, as far as an application can see."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+
+import httpx
+import pytest
+
+from broadcastable.server import EmbeddedServer
+from broadcastable.testing.memory import MemoryStreams
+
+JSON = {"Content-Type": "application/json"}
+SEEN = ("stream-up-to-date", "stream-closed", "producer-epoch", "producer-seq", "producer-expected-seq", "stream-ttl")
+
+
+def produced(epoch: int, seq: int) -> dict[str, str]:
+    return {**JSON, "Producer-Id": "p", "Producer-Epoch": str(epoch), "Producer-Seq": str(seq)}
+
+
+CLOSE = {**JSON, "Stream-Closed": "true"}
+
+CONVERSATIONS: dict[str, list[tuple[str, str, dict[str, str], bytes]]] = {
+    "made twice": [("PUT", "", JSON, b""), ("PUT", "", JSON, b""), ("HEAD", "", {}, b"")],
+    "made with another type": [("PUT", "", JSON, b""), ("PUT", "", {"Content-Type": "text/plain"}, b"")],
+    "made with another lifetime": [
+        ("PUT", "", {**JSON, "Stream-TTL": "60"}, b""),
+        ("HEAD", "", {}, b""),
+        ("PUT", "", JSON, b""),
+    ],
+    "never made": [
+        ("HEAD", "", {}, b""),
+        ("GET", "?offset=-1", {}, b""),
+        ("POST", "", JSON, b"[1]"),
+        ("DELETE", "", {}, b""),
+    ],
+    "appended and read": [
+        ("PUT", "", JSON, b""),
+        ("GET", "?offset=-1", {}, b""),
+        ("POST", "", JSON, b'[{"a":1},{"a":2}]'),
+        ("POST", "", JSON, b'{"a":3}'),
+        ("POST", "", JSON, b'[[1],"x,y]"]'),
+        ("GET", "?offset=-1", {}, b""),
+        ("GET", "", {}, b""),
+        ("GET", "?offset=now", {}, b""),
+        ("GET", "?offset=nonsense", {}, b""),
+    ],
+    "appended wrongly": [
+        ("PUT", "", JSON, b""),
+        ("POST", "", JSON, b"[1,"),
+        ("POST", "", JSON, b"[]"),
+        ("POST", "", JSON, b""),
+        ("POST", "", {"Content-Type": "text/plain"}, b"x"),
+        ("GET", "?offset=-1", {}, b""),
+    ],
+    "appended by a producer": [
+        ("PUT", "", JSON, b""),
+        ("POST", "", produced(1, 0), b"[1]"),
+        ("POST", "", produced(1, 0), b"[1]"),
+        ("POST", "", produced(1, 1), b"[2]"),
+        ("POST", "", produced(1, 0), b"[1]"),
+        ("POST", "", produced(1, 3), b"[9]"),
+        ("POST", "", produced(0, 2), b"[9]"),
+        ("POST", "", produced(2, 1), b"[9]"),
+        ("POST", "", produced(2, 0), b"[3]"),
+        ("POST", "", {**JSON, "Producer-Id": "p"}, b"[9]"),
+        ("GET", "?offset=-1", {}, b""),
+    ],
+    "begun by a producer above zero": [("PUT", "", JSON, b""), ("POST", "", produced(1, 4), b"[1]")],
+    "closed": [
+        ("PUT", "", JSON, b""),
+        ("POST", "", JSON, b"[1]"),
+        ("POST", "", CLOSE, b""),
+        ("POST", "", CLOSE, b""),
+        ("POST", "", JSON, b"[2]"),
+        ("POST", "", CLOSE, b"[2]"),
+        ("GET", "?offset=-1", {}, b""),
+        ("HEAD", "", {}, b""),
+    ],
+    "closed with a last word": [
+        ("PUT", "", JSON, b""),
+        ("POST", "", CLOSE, b"[1]"),
+        ("GET", "?offset=-1", {}, b""),
+    ],
+    "deleted and made again": [
+        ("PUT", "", JSON, b""),
+        ("POST", "", JSON, b"[1]"),
+        ("DELETE", "", {}, b""),
+        ("GET", "?offset=-1", {}, b""),
+        ("PUT", "", JSON, b""),
+        ("GET", "?offset=-1", {}, b""),
+    ],
+}
+
+Ask = Callable[[str, str, dict[str, str], bytes], httpx.Response]
+
+
+@pytest.fixture
+def memory() -> MemoryStreams:
+    return MemoryStreams()
+
+
+@pytest.fixture
+def memory_client(memory: MemoryStreams) -> Iterator[httpx.Client]:
+    with httpx.Client(transport=memory) as client:
+        yield client
+
+
+def talk(client: httpx.Client, base: str, conversation: list[tuple[str, str, dict[str, str], bytes]]) -> list[object]:
+    stream = f"{base}/gid://app/Room/{uuid.uuid4()}/messages"
+    heard: list[object] = []
+    for method, query, headers, body in conversation:
+        response = client.request(method, stream + query, headers=headers, content=body)
+        told = {name: response.headers[name] for name in SEEN if name in response.headers}
+        has_offset = "stream-next-offset" in response.headers
+        read = response.json() if method == "GET" and response.status_code == 200 else None
+        heard.append((method, query, response.status_code, told, has_offset, read))
+    return heard
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)
+def test_it_answers_as_a_real_server_does(
+    conversation: list[tuple[str, str, dict[str, str], bytes]],
+    memory: MemoryStreams,
+    memory_client: httpx.Client,
+    stream_server: EmbeddedServer,
+) -> None:
+    """Status, protocol headers and what is read are the same; the offsets themselves are each server's own."""
+    authorization = {"Authorization": f"Bearer {stream_server.gatekeeper.server_token()}"}
+    with httpx.Client(headers=authorization, trust_env=False) as client:
+        expected = talk(client, stream_server.url, conversation)
+    assert talk(memory_client, memory.url, conversation) == expected
