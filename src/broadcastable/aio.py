@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Awaitable, Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from .streams import AsyncDurableStreams, current_async
 
@@ -42,6 +42,12 @@ ensure_stream_exists = _on_current(AsyncDurableStreams.ensure_stream_exists)
 close_stream = _on_current(AsyncDurableStreams.close_stream)
 delete_stream = _on_current(AsyncDurableStreams.delete_stream)
 drain = _on_current(AsyncDurableStreams.drain)
+
+
+@functools.wraps(AsyncDurableStreams.stream_snapshot)
+def stream_snapshot(*args: Any, **kwargs: Any) -> AsyncIterator[bytes]:
+    """See `DurableStreams.stream_snapshot`."""
+    return current_async().stream_snapshot(*args, **kwargs)
 
 
 async def close() -> None:
