@@ -14,7 +14,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -34,7 +34,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
-from .errors import ConfigurationError, ExpiredToken, InvalidToken, TokenError, UnknownPermission, UsageError
+from .errors import ConfigurationError, ExpiredToken, InvalidToken, TokenError, UsageError
 from .events import encode_json
 from .settings import Settings, read_pem, seconds
 
@@ -84,21 +84,6 @@ def thumbprint(key: ec.EllipticCurvePublicKey) -> str:
     required = {name: value for name, value in _jwk(key).items() if name in {"crv", "kty", "x", "y"}}
     canonical = json.dumps(required, separators=(",", ":"), sort_keys=True)
     return _base64url(hashlib.sha256(canonical.encode()).digest())
-
-
-def check_permissions(permissions: Iterable[str]) -> tuple[str, ...]:
-    """*permissions* as a tuple.
-
-    Raises:
-        UnknownPermission: One that is not in `PERMISSIONS`, or none at all, or one text instead of several.
-    """
-    granted = (permissions,) if isinstance(permissions, str) else tuple(permissions)
-    unknown = [permission for permission in granted if permission not in PERMISSIONS]
-    if unknown or not granted or isinstance(permissions, str):
-        raise UnknownPermission(
-            f"permissions is a sequence of one or more of {', '.join(map(repr, PERMISSIONS))}; got {permissions!r}"
-        )
-    return granted
 
 
 class Gatekeeper:

@@ -73,6 +73,10 @@ class EmbeddedServer:
         self.url = _url_of(self._socket, host)
         self.settings = settings.replace(server_url=self.url, client_url=None)
         self.gatekeeper = Gatekeeper(self.settings)
+        self._address = (host, self._socket.getsockname()[1])
+        self._run_in_thread()
+
+    def _run_in_thread(self) -> None:
         self._server = _Server(self.middleware, access_log=False)
         self._thread = threading.Thread(target=self._run, name="broadcastable stream server", daemon=True)
         self._thread.start()
@@ -94,6 +98,15 @@ class EmbeddedServer:
         self._server.force_exit = True
         self._thread.join()
         self._socket.close()
+
+    def start(self) -> None:
+        """After `stop`: listen again, on the same port and with the same streams, those in memory too.
+
+        Raises:
+            ConfigurationError: Somebody else has the port by now.
+        """
+        self._socket = _listen(*self._address)
+        self._run_in_thread()
 
     def __enter__(self) -> Self:
         return self

@@ -299,12 +299,14 @@ async def _lifespan(app: App, scope: Scope, receive: Receive, send: Send) -> Non
         return message
 
     async def say(message: Message) -> None:
-        said.append(message["type"].rpartition(".")[0])
+        said.append(message["type"])
         await send(message)
 
     await app(scope, hear, say)
     for phase in ("lifespan.startup", "lifespan.shutdown"):
+        if f"{phase}.failed" in said:
+            break
         if phase not in heard:
             await receive()
-        if phase not in said:
+        if f"{phase}.complete" not in said:
             await send({"type": f"{phase}.complete"})
