@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 RETRY_INTERVAL = 0.5
 """Seconds between two attempts to reach a store that failed."""
 
+SAY_INTERVAL = 5.0
+"""Seconds between two lines in the log about dropped batches."""
+
 EXIT_GRACE = 3.0
 """Seconds that interpreter exit waits for what is still in the buffer."""
 
@@ -56,6 +59,7 @@ class Handoff:
         self._sender: threading.Thread | None = None
         self._retry_at = 0.0
         self._sending = False
+        self._say_dropped_at = 0.0
 
     def submit(self, batches: Sequence[Batch]) -> None:
         """Take *batches* of a committed transaction, in order. Never raises and never blocks an event loop."""
@@ -87,10 +91,12 @@ class Handoff:
             except Exception as error:  # a lost wake-up costs a second: the sweeper finds the streams
                 log.warning("%d streams could not be woken (%s); the sweeper will find them", len(streams), error)
 
-    @staticmethod
-    def _dropped(batches: Sequence[Batch], why: object) -> None:
+    def _dropped(self, batches: Sequence[Batch], why: object) -> None:
         counters.increment("batches_dropped", len(batches))
-        log.error("%d batches dropped, the first for stream %s: %s", len(batches), batches[0].stream, why)
+        if time.monotonic() >= self._say_dropped_at:
+            # A flood of losses is one line an interval in the log; the count has them all.
+            self._say_dropped_at = time.monotonic() + SAY_INTERVAL
+            log.error("%d batches dropped, the first for stream %s: %s", len(batches), batches[0].stream, why)
 
     def _failed(self, error: Exception) -> None:
         self._retry_at = time.monotonic() + RETRY_INTERVAL
