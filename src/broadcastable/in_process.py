@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import atexit
 import logging
+import multiprocessing
+import multiprocessing.util
 import os
 import queue
 import threading
@@ -67,6 +69,9 @@ class InProcessWorker:
         worker = dramatiq.Worker(broker, worker_threads=self._threads, worker_timeout=_IDLE_MILLISECONDS)
         worker.start()
         atexit.register(self._exit)
+        if multiprocessing.parent_process() is not None:
+            # A child of multiprocessing may leave without running atexit; this it does run.
+            multiprocessing.util.Finalize(None, self._exit, exitpriority=0)
         return broker, worker
 
     def drain(self, timeout: float) -> bool:

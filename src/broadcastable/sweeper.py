@@ -86,6 +86,7 @@ class Sweeper:
         while self._paused(pause):
             try:
                 streams = self._outbox.due(older_than=self._interval, limit=self._batch)
+                self._take(streams)
             except Exception as error:  # the store's own errors, of any driver; the next sweep may find it well
                 failures += 1
                 pause = min(self._interval * 2 ** min(failures, 10), _LONGEST_PAUSE) * random.uniform(0.8, 1.2)
@@ -95,7 +96,6 @@ class Sweeper:
                 continue
             failures = 0
             pause = 0.0 if len(streams) == self._batch else self._interval * random.uniform(0.8, 1.2)
-            self._take(streams)
 
     def _paused(self, seconds: float) -> bool:
         """Wait *seconds*, and on until the streams of the last sweep are taken; False when it is time to stop."""
@@ -113,8 +113,8 @@ class Sweeper:
             self._due.extend(fresh)
             for _ in range(min(len(fresh), self._most_threads - len(self._delivering))):
                 thread = threading.Thread(target=self._deliver_due, name="broadcastable-sweep", daemon=True)
+                thread.start()  # it waits for the lock
                 self._delivering[thread] = None
-                thread.start()
 
     def _deliver_due(self) -> None:
         thread = threading.current_thread()
