@@ -70,16 +70,17 @@ class _Sending:
         return {**request.headers, "Authorization": f"Bearer {self._gatekeeper.server_token()}"}
 
     def _failure(self, request: StreamRequest, error: httpx.TransportError) -> StreamUnavailable:
+        reason = str(error) or type(error).__name__
         where = self._bases[shard_of(request.stream, len(self._bases))]
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout | httpx.UnsupportedProtocol):
             return StreamUnavailable(
                 f"The stream server at {where} cannot be reached (stream {request.stream!r}): "
-                f"{error or type(error).__name__}. Is it running, and is server_url right?",
+                f"{reason}. Is it running, and is server_url right?",
                 stream=request.stream,
             )
         return StreamTimeout(
-            f"The stream server at {where} gave no answer (stream {request.stream!r}): {error or type(error).__name__}. "
-            "The request may or may not have taken effect",
+            f"The stream server at {where} gave no answer (stream {request.stream!r}): {reason}. The request "
+            "may or may not have taken effect",
             stream=request.stream,
         )
 

@@ -1,4 +1,4 @@
-"""Counts and durations of what happened in this process since it started, for `status`, metrics and tests. Thread safe."""
+"""Counts and durations of what happened in this process since it started, for metrics and tests. Thread safe."""
 
 from __future__ import annotations
 

@@ -37,13 +37,13 @@ class Handoff:
     """One for each outbox. Thread safe; a forked child begins with an empty buffer of its own.
 
     Args:
-        wake: Told which streams have something to deliver; may raise, and is then not told again (the sweeper finds them).
+        wake: Told which streams have something to deliver; what it raises is logged.
         max_bytes: What the buffer may hold; batches beyond it are dropped, logged and counted.
         blocking: Whether `put` does network I/O, so that an event loop must not call it.
     """
 
     def __init__(
-        self, outbox: Outbox, wake: Callable[[Sequence[str]], None], *, max_bytes: int, blocking: bool
+        self, outbox: Outbox, wake: Callable[[Sequence[str]], object], *, max_bytes: int, blocking: bool
     ) -> None:
         self._outbox = outbox
         self._wake = wake

@@ -61,9 +61,9 @@ def install(registry: CollectorRegistry | None = None) -> None:
         name: prometheus.Histogram(f"broadcastable_{name}_seconds", text, buckets=_BUCKETS, registry=registry)
         for name, text in DURATIONS.items()
     }
-    for name, count in counters.snapshot().items():
+    for name, so_far in counters.snapshot().items():
         if name in counts:
-            counts[name].inc(count)
+            counts[name].inc(so_far)
 
     def count(name: str, by: int) -> None:
         if name in counts:
@@ -92,14 +92,18 @@ class PendingCollector:
         from prometheus_client.core import GaugeMetricFamily
 
         pending = self._outbox.pending()
-        oldest = min((each.oldest_at for each in pending if each.oldest_at is not None), default=None)
         now = time.time_ns() // 1_000_000
+        oldest = min((each.oldest_at for each in pending if each.oldest_at is not None), default=now)
         for name, text, value in (
             ("pending_streams", "Streams with undelivered batches", len(pending)),
             ("pending_batches", "Undelivered batches", sum(each.batches for each in pending)),
             ("pending_events", "Undelivered events", sum(each.events for each in pending)),
             ("parked_streams", "Streams set aside with an error", sum(each.parked is not None for each in pending)),
-            ("oldest_pending_seconds", "Age of the oldest batch", 0.0 if oldest is None else max(0, now - oldest) / 1000),
+            (
+                "oldest_pending_seconds",
+                "Age of the oldest batch",
+                max(0, now - oldest) / 1000,
+            ),
         ):
             yield GaugeMetricFamily(f"broadcastable_{name}", text, value=value)
 

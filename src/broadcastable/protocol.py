@@ -9,7 +9,7 @@ import email.utils
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import urlencode
 
 import msgspec
@@ -101,7 +101,7 @@ def read_created(response: StreamResponse, stream: str) -> Created:
     """
     if response.status in {200, 201, 204}:
         return Created(response.headers.get("Stream-Next-Offset", BEGINNING), response.status == 201)
-    raise_for(response, stream)
+    raise error_for(response, stream)
 
 
 def append_request(stream: str, body: bytes, frame: FrameId | None = None) -> StreamRequest:
@@ -136,7 +136,7 @@ def read_appended(response: StreamResponse, stream: str, *, produced: bool) -> A
     if response.status == 204:
         # With producer headers 204 means "had it before"; without them it is plain success (5.2, 5.2.1).
         return Appended(offset, duplicate=produced)
-    raise_for(response, stream)
+    raise error_for(response, stream)
 
 
 def head_request(stream: str) -> StreamRequest:
@@ -152,7 +152,7 @@ def read_head(response: StreamResponse, stream: str) -> str:
     """
     if response.status in {200, 204}:
         return response.headers["Stream-Next-Offset"]
-    raise_for(response, stream)
+    raise error_for(response, stream)
 
 
 def read_request(stream: str, offset: str = BEGINNING) -> StreamRequest:
@@ -174,7 +174,7 @@ def read_page(response: StreamResponse, stream: str) -> ReadPage:
             response.headers["Stream-Next-Offset"],
             response.headers.get("Stream-Up-To-Date", "").lower() == "true",
         )
-    raise_for(response, stream)
+    raise error_for(response, stream)
 
 
 def delete_request(stream: str) -> StreamRequest:
@@ -188,7 +188,7 @@ def read_deleted(response: StreamResponse, stream: str) -> bool:
         return True
     if response.status in {404, 410}:
         return False
-    raise_for(response, stream)
+    raise error_for(response, stream)
 
 
 def close_request(stream: str) -> StreamRequest:
@@ -207,48 +207,51 @@ def read_closed(response: StreamResponse, stream: str) -> str | None:
     closed = response.headers.get("Stream-Closed", "").lower() == "true"
     if response.status in {200, 204} or (response.status == 409 and closed):
         return response.headers.get("Stream-Next-Offset")
-    raise_for(response, stream)
+    raise error_for(response, stream)
 
 
-def raise_for(response: StreamResponse, stream: str) -> NoReturn:
-    """Raise the `StreamError` that says what *response* means and what to do about it."""
+def error_for(response: StreamResponse, stream: str) -> errors.StreamError:
+    """The error that says what *response* means and what to do about it."""
     status, headers = response.status, response.headers
     about: dict[str, Any] = {"stream": stream, "status": status}
     if status in {404, 410}:
-        raise errors.StreamNotFound(f"The stream server has no stream {stream!r} ({status})", **about)
+        return errors.StreamNotFound(f"The stream server has no stream {stream!r} ({status})", **about)
     if status == 403 and "Producer-Epoch" in headers:
-        raise errors.ProducerFenced(
-            f"Stream {stream!r}: the server knows a newer producer epoch", epoch=int(headers["Producer-Epoch"]), stream=stream
+        return errors.ProducerFenced(
+            f"Stream {stream!r}: the server knows a newer producer epoch",
+            epoch=int(headers["Producer-Epoch"]),
+            stream=stream,
         )
     if status in {401, 403}:
-        raise errors.StreamForbidden(
+        return errors.StreamForbidden(
             f"The stream server refused our token for {stream!r} ({status}). "
             "Do its verify key, issuer and audience match signing_key, token_issuer and token_audience?",
             **about,
         )
     if status == 409 and "Producer-Expected-Seq" in headers:
-        raise errors.ProducerGap(
+        return errors.ProducerGap(
             f"Stream {stream!r}: the server has not seen our earlier frames",
             expected=int(headers["Producer-Expected-Seq"]),
             stream=stream,
         )
     if status == 409 and headers.get("Stream-Closed", "").lower() == "true":
-        raise errors.StreamClosed(f"Stream {stream!r} is closed and takes no more events", **about)
+        return errors.StreamClosed(f"Stream {stream!r} is closed and takes no more events", **about)
     if status == 409:
-        raise errors.StreamConflict(
-            f"Stream {stream!r} exists with another content type or lifetime (409). Delete it, or use another name", **about
+        return errors.StreamConflict(
+            f"Stream {stream!r} exists with another content type or lifetime (409). Delete it, or use another name",
+            **about,
         )
     if status == 413:
-        raise errors.FrameTooLarge(
+        return errors.FrameTooLarge(
             f"The body is over the stream server's limit ({stream!r}). Lower max_frame_bytes, or send less", **about
         )
     if status == 429 or status >= 500:
-        raise errors.StreamUnavailable(
+        return errors.StreamUnavailable(
             f"The stream server cannot take a request for {stream!r} now ({status})",
             retry_after=retry_after(headers.get("Retry-After")),
             **about,
         )
-    raise errors.StreamRefused(f"The stream server refused a request for {stream!r} ({status})", **about)
+    return errors.StreamRefused(f"The stream server refused a request for {stream!r} ({status})", **about)
 
 
 def retry_after(value: str | None) -> float | None:

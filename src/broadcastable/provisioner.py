@@ -69,7 +69,9 @@ class Pause:
     seconds: float
 
 
-Step: TypeAlias = StreamRequest | Claim | Remember | Forget | Pause
+_Shared: TypeAlias = Claim | Remember | Forget
+_Pipeline: TypeAlias = redis.client.Pipeline | redis.asyncio.client.Pipeline
+Step: TypeAlias = StreamRequest | _Shared | Pause
 Flow: TypeAlias = Generator[Step, object, T]
 
 EXISTS = "exists"
@@ -182,7 +184,7 @@ class StreamProvisioner:
         self._redis_again_at = time.monotonic() + REDIS_PAUSE
         log.warning("Redis does not answer (%s); streams are provisioned by this process alone meanwhile", error)
 
-    def shared(self, step: Claim | Remember | Forget) -> str | None:
+    def shared(self, step: _Shared) -> str | None:
         """Perform *step* on Redis. Never raises: Redis being down costs a PUT and nothing else."""
         if not self._redis_wanted():
             return OURS
@@ -198,7 +200,7 @@ class StreamProvisioner:
             self._redis_failed(error)
             return OURS
 
-    async def ashared(self, step: Claim | Remember | Forget) -> str | None:
+    async def ashared(self, step: _Shared) -> str | None:
         """`shared` for asyncio."""
         if not self._redis_wanted():
             return OURS
@@ -216,7 +218,7 @@ class StreamProvisioner:
             self._redis_failed(error)
             return OURS
 
-    def _commands(self, pipe: redis.client.Pipeline | redis.asyncio.client.Pipeline, step: Claim | Remember | Forget) -> None:
+    def _commands(self, pipe: redis.client.Pipeline | redis.asyncio.client.Pipeline, step: _Shared) -> None:
         key = self._key(step.stream)
         match step:
             case Claim():
@@ -229,7 +231,7 @@ class StreamProvisioner:
                 pipe.delete(key)
 
     @staticmethod
-    def _standing(step: Claim | Remember | Forget, answers: list[object]) -> str | None:
+    def _standing(step: _Shared, answers: list[object]) -> str | None:
         if not isinstance(step, Claim):
             return None
         made, value = answers

@@ -184,7 +184,9 @@ class Relay:
                 else:
                     self._ack(frame, appended.offset)
                     return
-        raise StreamUnavailable(f"Stream {frame.stream!r}: no clear answer in {MOST_STEPS} requests", stream=frame.stream)
+        raise StreamUnavailable(
+            f"Stream {frame.stream!r}: no clear answer in {MOST_STEPS} requests", stream=frame.stream
+        )
 
     def _brief(self, failures: int) -> int:
         """Wait a moment before the same request again; the error being handled goes on once that was tried enough."""
@@ -215,7 +217,9 @@ class Relay:
         return self._outbox.anchor(frame, created.offset)
 
     def _renew(self, frame: Frame, *, above: int, why: str) -> Frame:
-        log.warning("Stream %s: the server lost count of our frames (%s); going on under a new epoch", frame.stream, why)
+        log.warning(
+            "Stream %s: the server lost count of our frames (%s); going on under a new epoch", frame.stream, why
+        )
         counters.increment("epochs_renewed")
         return self._outbox.renew(frame, above=above)
 
@@ -276,4 +280,3 @@ def _half(frame: Frame) -> int:
             break
         best = whole
     return best or max(1, most)
-

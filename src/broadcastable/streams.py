@@ -49,7 +49,6 @@ from .values import to_json_value
 
 if TYPE_CHECKING:
     import dramatiq
-
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from .actors import Wakeups
@@ -426,7 +425,7 @@ class DurableStreams(_Verbs):
         self._later(waiting, name, event.encode(), txid)
         return txid
 
-    def broadcast_to(self, *streamables: Streamable, **payload: Any) -> bool | None:
+    def broadcast_to(self, /, *streamables: Streamable, **payload: Any) -> bool | None:
         """Append the JSON object *payload* now. True, or None when all *streamables* are blank."""
         name = self.stream_name_from(*streamables)
         if not name:
@@ -434,7 +433,7 @@ class DurableStreams(_Verbs):
         self.append_now(name, [encode_json(to_json_value(payload))])
         return True
 
-    def broadcast_later_to(self, *streamables: Streamable, session: Any = None, **payload: Any) -> bool | None:
+    def broadcast_later_to(self, /, *streamables: Streamable, session: Any = None, **payload: Any) -> bool | None:
         """Append the JSON object *payload* through the outbox; see `broadcast_event_later_to`."""
         name = self.stream_name_from(*streamables)
         if not name:
@@ -549,7 +548,7 @@ class DurableStreams(_Verbs):
         expires_in: timedelta | float | None = None,
         wait: timedelta | float = 0.0,
     ) -> Iterator[bytes]:
-        """`snapshot` for results that do not fit into memory: its JSON text, piece by piece, as the body of a response."""
+        """`snapshot` for results that do not fit into memory: its JSON text piece by piece, a response's body."""
         snapshots.check_statement(statement)
         name = self._needed_name(streamables)
         url, token = self.signed_stream_primitives(
@@ -687,7 +686,7 @@ class AsyncDurableStreams(_Verbs):
             _in_transaction(session, streamables),
         )
 
-    async def broadcast_to(self, *streamables: Streamable, **payload: Any) -> bool | None:
+    async def broadcast_to(self, /, *streamables: Streamable, **payload: Any) -> bool | None:
         """See `DurableStreams.broadcast_to`."""
         name = self.stream_name_from(*streamables)
         if not name:
@@ -695,7 +694,7 @@ class AsyncDurableStreams(_Verbs):
         await self.append_now(name, [encode_json(to_json_value(payload))])
         return True
 
-    async def broadcast_later_to(self, *streamables: Streamable, session: Any = None, **payload: Any) -> bool | None:
+    async def broadcast_later_to(self, /, *streamables: Streamable, session: Any = None, **payload: Any) -> bool | None:
         """See `DurableStreams.broadcast_later_to`."""
         return await self._later(
             lambda: self.sync.broadcast_later_to(*streamables, session=session, **payload),
@@ -830,7 +829,7 @@ def _outbox_from(settings: Settings) -> Outbox:
         case "database":
             if settings.database_url is None:
                 raise ConfigurationError(
-                    'outbox="database" needs database_url (BROADCASTABLE_DATABASE_URL): the relay reads the outbox there'
+                    'outbox="database" needs database_url (BROADCASTABLE_DATABASE_URL), where the relay reads it'
                 )
             from .outbox.database import DatabaseOutbox
 
@@ -855,19 +854,6 @@ def current() -> DurableStreams:
 def is_default(durable_streams: object) -> bool:
     """Whether `current()` made *durable_streams*: then `actors.declare()` without one means it too."""
     return any(each is durable_streams for each in _instances.values())
-
-
-def is_default(durable_streams: DurableStreams) -> bool:
-    """Whether `current()` made it, for whichever settings."""
-    return _instances.get(durable_streams.settings) is durable_streams
-
-
-def discard(durable_streams: DurableStreams) -> None:
-    """Close *durable_streams* and forget it as a default: the next `current()` for its settings makes another."""
-    with _instances_lock:
-        for instances in (_instances, _async_instances):
-            instances.pop(durable_streams.settings, None)
-    durable_streams.close()
 
 
 def current_async() -> AsyncDurableStreams:

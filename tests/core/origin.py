@@ -95,7 +95,9 @@ class Origin:
             if known is None or epoch > known[0]:
                 if seq != 0:
                     if known is None:
-                        return httpx.Response(409, headers={"Producer-Expected-Seq": "0", "Producer-Received-Seq": str(seq)})
+                        return httpx.Response(
+                            409, headers={"Producer-Expected-Seq": "0", "Producer-Received-Seq": str(seq)}
+                        )
                     return httpx.Response(400)
             elif seq <= known[1]:
                 return httpx.Response(204, headers={"Producer-Seq": str(known[1])})

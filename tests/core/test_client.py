@@ -103,7 +103,12 @@ ANSWERS: list[tuple[int, dict[str, str], type[errors.StreamError]]] = [
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize(("status", "headers", "error"), ANSWERS)
 def test_every_refusal_has_a_name_for_every_operation(
-    client: StreamClient, origin: Origin, verb: str, status: int, headers: dict[str, str], error: type[errors.StreamError]
+    client: StreamClient,
+    origin: Origin,
+    verb: str,
+    status: int,
+    headers: dict[str, str],
+    error: type[errors.StreamError],
 ) -> None:
     origin.faulty_methods = {"PUT", "POST", "HEAD", "GET", "DELETE"}
     origin.faults.extend([answer(status, **headers)] * 3)

@@ -286,4 +286,3 @@ def test_many_tasks_and_threads_at_once(streams: DurableStreams, name: str, run:
     assert len(events) == 100
     for i in range(8):
         assert [event["n"] for event in events if event["t"] == i] == list(range(10))
-
