@@ -47,54 +47,53 @@ def message(**changes: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not ABSENT}
 
 
-@pytest.mark.parametrize(
-    "allowed",
-    [
-        message(),
-        message(value="dark"),
-        message(value=None),
-        message(old_value={"name": "Al"}, headers={"operation": "update"}),
-        message(value=ABSENT, headers={"operation": "delete"}),
-        message(value=None, old_value=3, headers={"operation": "delete", "txid": "7"}),
-        message(headers={"operation": "insert", "timestamp": "2025-01-15T10:30:00Z"}),
-        message(headers={"operation": "insert", "timestamp": "2025-01-15T10:30:00.125+05:30"}),
-        {"headers": {"control": "reset"}},
-        {"headers": {"control": "snapshot-start", "offset": "123456_000"}},
-    ],
-)
+ALLOWED = [
+    message(),
+    message(value="dark"),
+    message(value=None),
+    message(old_value={"name": "Al"}, headers={"operation": "update"}),
+    message(value=ABSENT, headers={"operation": "delete"}),
+    message(value=None, old_value=3, headers={"operation": "delete", "txid": "7"}),
+    message(headers={"operation": "insert", "timestamp": "2025-01-15T10:30:00Z"}),
+    message(headers={"operation": "insert", "timestamp": "2025-01-15T10:30:00.125+05:30"}),
+    {"headers": {"control": "reset"}},
+    {"headers": {"control": "snapshot-start", "offset": "123456_000"}},
+]
+
+REFUSED: list[Any] = [
+    [],
+    {},
+    "insert",
+    message(type=ABSENT),
+    message(type=""),
+    message(key=ABSENT),
+    message(key=""),
+    message(key=1),
+    message(value=ABSENT),
+    message(value=ABSENT, headers={"operation": "update"}),
+    message(headers=ABSENT),
+    message(headers={}),
+    message(headers={"operation": "upsert"}),
+    message(headers={"operation": "insert", "txid": ""}),
+    message(headers={"operation": "insert", "txid": 7}),
+    message(headers={"operation": "insert", "txid": ["7"]}),
+    message(headers={"operation": "insert", "timestamp": "2025-01-15 10:30:00Z"}),
+    message(headers={"operation": "insert", "timestamp": "2025-01-15T10:30:00"}),
+    message(headers={"operation": "insert", "timestamp": "2025-02-30T10:30:00Z"}),
+    message(headers={"operation": "insert", "offset": "1_2"}),
+    message(id="1"),
+    {"headers": {"control": "restart"}},
+    {"headers": {"control": "reset", "offset": ""}},
+    {"headers": {"control": "reset"}, "type": "user"},
+]
+
+
+@pytest.mark.parametrize("allowed", ALLOWED)
 def test_the_schema_takes_what_the_protocol_text_shows(allowed: dict[str, Any]) -> None:
     assert state_protocol.faults(allowed) == []
 
 
-@pytest.mark.parametrize(
-    "refused",
-    [
-        [],
-        {},
-        "insert",
-        message(type=ABSENT),
-        message(type=""),
-        message(key=ABSENT),
-        message(key=""),
-        message(key=1),
-        message(value=ABSENT),
-        message(value=ABSENT, headers={"operation": "update"}),
-        message(headers=ABSENT),
-        message(headers={}),
-        message(headers={"operation": "upsert"}),
-        message(headers={"operation": "insert", "txid": ""}),
-        message(headers={"operation": "insert", "txid": 7}),
-        message(headers={"operation": "insert", "txid": ["7"]}),
-        message(headers={"operation": "insert", "timestamp": "2025-01-15 10:30:00Z"}),
-        message(headers={"operation": "insert", "timestamp": "2025-01-15T10:30:00"}),
-        message(headers={"operation": "insert", "timestamp": "2025-02-30T10:30:00Z"}),
-        message(headers={"operation": "insert", "offset": "1_2"}),
-        message(id="1"),
-        {"headers": {"control": "restart"}},
-        {"headers": {"control": "reset", "offset": ""}},
-        {"headers": {"control": "reset"}, "type": "user"},
-    ],
-)
+@pytest.mark.parametrize("refused", REFUSED)
 def test_the_schema_refuses_what_the_protocol_text_forbids(refused: Any) -> None:
     assert state_protocol.faults(refused)
 
