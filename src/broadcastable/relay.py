@@ -58,6 +58,18 @@ class Found:
     offset: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Doubt:
+    """An answer that fits no healthy server: a look decides whether the frame goes out again, under a new epoch.
+
+    `made_again`: perhaps because the stream was deleted and made again since our last frame.
+    """
+
+    why: str
+    above: int
+    made_again: bool = False
+
+
 class Relay:
     """Delivers streams from the outbox to the stream server. Thread safe; meant for worker threads."""
 
@@ -133,17 +145,21 @@ class Relay:
 
     def _store(self, frame: Frame) -> None:
         look = frame.begun and frame.anchor is not None
+        doubt: _Doubt | None = None
         failures = 0
         if frame.anchor is None:
             # Nothing was ever sent: the tail as it is now lies before everything that will be.
             frame = self._outbox.anchor(frame, self._create(frame.stream).offset)
         for _ in range(MOST_STEPS):
-            if look:
+            if look or doubt is not None:
                 found = self._look(frame)
                 if found.events:
                     self._ack(frame, found.offset, events=found.events)
                     return
-            looked, look = look, False
+                if doubt is not None:
+                    # Only a look that came after the doubtful answer proves that the frame is not there.
+                    frame = self._renew(frame, doubt)
+                look, doubt = False, None
             try:
                 with append_span(frame):
                     appended = self._client.append(frame.stream, frame_body(frame.events), frame.id, attempts=1)
@@ -152,12 +168,10 @@ class Relay:
             except StreamNotFound:
                 frame = self._heal(frame)
             except ProducerFenced as error:
-                frame, look = self._renew(frame, above=error.epoch, why="it knows a newer epoch"), not looked
+                doubt = _Doubt("it knows a newer epoch", above=error.epoch)
             except ProducerGap as error:
-                if not looked:
-                    look = True
-                else:
-                    frame = self._restart(frame, f"it expects number {error.expected}, not {frame.id.seq}")
+                why = f"it expects number {error.expected}, not {frame.id.seq}"
+                doubt = _Doubt(why, above=frame.id.epoch, made_again=True)
             except FrameTooLarge:
                 if len(frame.events) == 1:
                     raise
@@ -167,23 +181,18 @@ class Relay:
                 # older copy knows an epoch below ours.
                 if error.status != 400 or frame.id.seq == 0:
                     raise
-                if not looked:
-                    look = True
-                else:
-                    frame = self._restart(frame, f"it refuses number {frame.id.seq}")
+                doubt = _Doubt(f"it refuses number {frame.id.seq}", above=frame.id.epoch, made_again=True)
             except StreamUnavailable as error:
                 if error.retry_after is not None:
                     raise
                 failures = self._brief(failures)
             else:
-                if appended.duplicate and not looked:
-                    # New to us and known to the server: our store went back in time, or a slow worker was faster.
-                    look = True
-                elif appended.duplicate:
-                    frame = self._renew(frame, above=frame.id.epoch, why="it claims a frame that it does not have")
-                else:
+                if not appended.duplicate:
                     self._ack(frame, appended.offset)
                     return
+                # Stored by an earlier request of ours, by a slower worker, or never: our store may have gone back in
+                # time and given an old number to new events.
+                doubt = _Doubt("it claims a frame that it does not have", above=frame.id.epoch)
         raise StreamUnavailable(
             f"Stream {frame.stream!r}: no clear answer in {MOST_STEPS} requests", stream=frame.stream
         )
@@ -216,17 +225,14 @@ class Relay:
             frame = self._outbox.renew(frame, above=frame.id.epoch)
         return self._outbox.anchor(frame, created.offset)
 
-    def _renew(self, frame: Frame, *, above: int, why: str) -> Frame:
-        log.warning(
-            "Stream %s: the server lost count of our frames (%s); going on under a new epoch", frame.stream, why
-        )
+    def _renew(self, frame: Frame, doubt: _Doubt) -> Frame:
+        log.warning("Stream %s: the server lost count of our frames (%s); a new epoch begins", frame.stream, doubt.why)
         counters.increment("epochs_renewed")
-        return self._outbox.renew(frame, above=above)
-
-    def _restart(self, frame: Frame, why: str) -> Frame:
-        """A new epoch on a stream that may have been made again: what is there now lies before everything to come."""
-        frame = self._renew(frame, above=frame.id.epoch, why=why)
-        return self._outbox.anchor(frame, self._client.head(frame.stream))
+        frame = self._outbox.renew(frame, above=doubt.above)
+        if doubt.made_again:
+            # The anchor may be of a stream that is no more; what is there now lies before everything to come.
+            frame = self._outbox.anchor(frame, self._client.head(frame.stream))
+        return frame
 
     def _look(self, frame: Frame) -> Found:
         """Read the stream from the anchor: are the frame's events there, one after the other?

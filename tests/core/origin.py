@@ -133,6 +133,12 @@ def lose_answer(request: httpx.Request, perform: Callable[[], httpx.Response]) -
     raise httpx.ReadError("lost on the way back", request=request)
 
 
+def repeat(request: httpx.Request, perform: Callable[[], httpx.Response]) -> httpx.Response:
+    """Fault: the request arrives twice; the client sees the second answer."""
+    perform()
+    return perform()
+
+
 def refuse_connection(request: httpx.Request, perform: Callable[[], httpx.Response]) -> httpx.Response:
     """Fault: nobody listens."""
     raise httpx.ConnectError("connection refused", request=request)

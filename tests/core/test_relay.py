@@ -15,7 +15,7 @@ from broadcastable.provisioner import StreamProvisioner
 from broadcastable.relay import Relay
 from broadcastable.settings import Settings
 from broadcastable.tokens import Gatekeeper
-from tests.core.origin import Origin, answer, lose_answer, lose_request, refuse_connection
+from tests.core.origin import Origin, answer, lose_answer, lose_request, refuse_connection, repeat
 
 ROOM = "gid://app/Room/1"
 
@@ -103,6 +103,17 @@ def test_a_fault_on_the_way_neither_loses_nor_doubles(
     put(outbox, 4)
     settle(relay, outbox, clock)
     assert numbers(origin) == [1, 2, 3, 4]
+
+
+def test_a_proxy_that_repeats_what_it_lost_before_doubles_nothing(
+    relay: Relay, outbox: MemoryOutbox, origin: Origin, clock: Clock
+) -> None:
+    """A look that came before the doubtful answer proves nothing about it."""
+    origin.faults.extend([lose_request, repeat, answer(503), repeat])
+    for n in range(4):
+        put(outbox, n)
+        settle(relay, outbox, clock)
+    assert numbers(origin) == [0, 1, 2, 3]
 
 
 def test_a_frame_is_sent_again_byte_for_byte(relay: Relay, outbox: MemoryOutbox, origin: Origin, clock: Clock) -> None:
