@@ -69,7 +69,7 @@ class EmbeddedServer:
     ) -> None:
         settings = with_keys(settings)
         self.middleware = create_app(settings, data_dir, allowed_origins=allowed_origins)
-        self._socket = _listen(host, port)
+        self._socket = listen(host, port)
         self.url = _url_of(self._socket, host)
         self.settings = settings.replace(server_url=self.url, client_url=None)
         self.gatekeeper = Gatekeeper(self.settings)
@@ -105,7 +105,7 @@ class EmbeddedServer:
         Raises:
             ConfigurationError: Somebody else has the port by now.
         """
-        self._socket = _listen(*self._address)
+        self._socket = listen(*self._address)
         self._run_in_thread()
 
     def __enter__(self) -> Self:
@@ -170,7 +170,7 @@ def serve(
         ConfigurationError: The port is in use, no key, or a directory that cannot be used.
     """
     middleware = create_app(settings, data_dir, allowed_origins=allowed_origins)
-    listening = _listen(host, port)
+    listening = listen(host, port)
     url = _url_of(listening, host)
     server = _Server(
         middleware, access_log=access_log, on_started=None if on_listening is None else lambda: on_listening(url)
@@ -227,8 +227,12 @@ def _log_config() -> dict[str, Any]:
     return config
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound before the server starts: the port is known, and taken, from here on."""
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound before its server starts: the port is known, and taken, from here on.
+
+    Raises:
+        ConfigurationError: The port is in use, or the host names no address of this machine.
+    """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listening = socket.socket(family, socket.SOCK_STREAM)
