@@ -856,6 +856,14 @@ def is_default(durable_streams: object) -> bool:
     return any(each is durable_streams for each in _instances.values())
 
 
+def discard(durable_streams: DurableStreams) -> None:
+    """Close *durable_streams* and forget it as a default: the next `current()` for its settings makes another."""
+    with _instances_lock:
+        _instances.pop(durable_streams.settings, None)
+        _async_instances.pop(durable_streams.settings, None)
+    durable_streams.close()
+
+
 def current_async() -> AsyncDurableStreams:
     """The asynchronous twin of `current()`."""
     twin = current()
@@ -883,6 +891,7 @@ __all__ = [
     "Interceptor",
     "current",
     "current_async",
+    "discard",
     "durable_streams_for",
     "intercepting",
     "is_default",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
@@ -17,6 +18,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import MissingGreenlet
 from sqlalchemy.orm import Mapper, Session, SessionTransaction
 
+from . import unsent
 from .counters import counters
 from .errors import ConfigurationError, UsageError
 from .events import TXID_MARKER_TYPE, Batch, ChangeEvent, Operation, encode_json, new_txid, utc_timestamp
@@ -280,6 +282,16 @@ class Level:
         """How many events the application made itself."""
         return sum(each.explicit for _, streams in self._deliveries.values() for each in streams.values())
 
+    def waiting(self) -> Counter[str]:
+        """How many events wait here, by stream."""
+        return Counter(
+            {name: len(list(changes)) for _, streams in self._deliveries.values() for name, changes in streams.items()}
+        )
+
+    def note_unsent(self, reason: unsent.Reason) -> None:
+        for stream, count in self.waiting().items():
+            unsent.note(reason, stream=stream, count=count)
+
     def __bool__(self) -> bool:
         return bool(self._deliveries or self._unread)
 
@@ -291,6 +303,8 @@ class Buffers:
         self.levels: dict[SessionTransaction, Level] = {}
         self.delivery: Delivery | None = None
         self.txid: str | None = None
+        # For the capture: whatever it wants to remember until the root transaction ends.
+        self.notes: Any = None
         self._staged: list[tuple[Delivery, list[Batch]]] = []
         # The root's commit has begun: what a flush adds now is handed over at once, no other hook follows.
         self.committing = False
@@ -391,7 +405,9 @@ class Buffers:
     def transaction_ended(self, session: Session, transaction: SessionTransaction) -> None:
         released, self._released = self._released is transaction, None
         if transaction.nested:
-            self.levels.pop(transaction, None)
+            level = self.levels.pop(transaction, None)
+            if level is not None and unsent.listeners:
+                level.note_unsent(unsent.Reason.SAVEPOINT_ROLLED_BACK)
             if released and self._announced > 0 and not session.in_nested_transaction():
                 # The root's commit was announced before it released this, its last savepoint.
                 self.prepare(session)
@@ -409,6 +425,9 @@ class Buffers:
             )
         if explicit:
             counters.increment("events_dropped_with_transaction", explicit)
+        if unsent.listeners:
+            for level in self.levels.values():
+                level.note_unsent(unsent.Reason.ROLLED_BACK if self._rolled_back else unsent.Reason.CLOSED)
 
 
 def _is_joined(session: Session, levels: dict[SessionTransaction, Level]) -> bool:
@@ -420,6 +439,13 @@ def _is_joined(session: Session, levels: dict[SessionTransaction, Level]) -> boo
             return False
         bind = session.get_bind(mapper)
     return isinstance(bind, sa.Connection) and bind.in_transaction()
+
+
+def waiting(session: Session) -> Counter[str]:
+    """How many events wait for the end of *session*'s transaction, by stream. No I/O."""
+    buffers: Buffers | None = session.info.get(_BUFFERS_KEY)
+    levels = buffers.levels.values() if buffers is not None else ()
+    return sum((level.waiting() for level in levels), Counter())
 
 
 def buffers_of(session: Session) -> Buffers:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import itertools
 import json
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qs, unquote_to_bytes
 
 import httpx
@@ -52,12 +53,12 @@ class MemoryStreams(httpx.MockTransport):
     Give it to a `DurableStreams`, an `AsyncDurableStreams` or an httpx client of your own:
 
         memory = MemoryStreams()
-        durable_streams = DurableStreams(settings, transport=memory)
+        durable_streams = DurableStreams(server_url=memory.url, transport=memory)
 
-    Or enter it: until its end, every instance whose `server_url` is `memory.url` reaches it, in all threads.
+    The fixture `durable_streams` has one already: `memory_streams`.
 
     Attributes:
-        url: Where its streams are, for `Settings.server_url`. No other object has the same, and no network knows it.
+        url: Where its streams are. No other object has the same, and no network knows it.
     """
 
     def __init__(self) -> None:
@@ -85,14 +86,14 @@ class MemoryStreams(httpx.MockTransport):
         with self._lock:
             self._streams.clear()
 
-    def __enter__(self) -> Self:
+    @contextmanager
+    def reachable(self) -> Iterator[None]:
+        """Let every instance whose `server_url` is `url` reach this object, from all threads, until the end."""
         stand_ins[self._origin] = self
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        del stand_ins[self._origin]
+        try:
+            yield
+        finally:
+            del stand_ins[self._origin]
 
     def _answer(self, request: httpx.Request) -> httpx.Response:
         path = request.url.raw_path.split(b"?")[0].removeprefix(b"/v1/streams/")

@@ -1,0 +1,230 @@
+"""`assert_broadcasts`, `assert_no_broadcasts` and `capture_broadcasts`: around a block, or over the test so far.
+
+A call that is a statement of its own checks at once what the fixture `broadcasts` has recorded. Any other call makes
+an object for `with` or `async with`, which records for the length of its block even where there is no fixture.
+"""
+
+from __future__ import annotations
+
+import dis
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from types import FrameType, TracebackType
+from typing import Any, Self, overload
+
+from broadcastable.errors import UsageError
+from broadcastable.names import Streamable
+
+from .broadcasts import Broadcast
+from .expectations import Target, Wanted, target_from, wanted_from
+from .recorder import current_recording, nothing_recorded, recorder
+from .reports import report
+
+
+class BroadcastAssertion:
+    """An assertion about the broadcasts of a block, sync or async; made by `assert_broadcasts`.
+
+    Attributes:
+        used: Somebody has entered it, or has it checked otherwise.
+    """
+
+    def __init__(self, called: str, target: Target, wanted: Wanted, count: int | None) -> None:
+        self._called = called
+        self._target = target
+        self._wanted = wanted
+        self._count = count
+        self.used = False
+        self._holding = ExitStack()
+
+    def check_since(self, start: tuple[int, int]) -> None:
+        """Look at what was broadcast since *start*.
+
+        Raises:
+            AssertionError: It is not what was expected; the message shows what was.
+        """
+        __tracebackhide__ = True
+        self.used = True
+        seen, unsent = recorder.between(start, None)
+        found = sum(self._target.covers(each.stream) and self._wanted.matches(each) for each in seen)
+        if found != self._count if self._count is not None else not found:
+            raise AssertionError(report(self._target, self._wanted, self._count, seen, unsent))
+
+    def __enter__(self) -> None:
+        self.used = True
+        self._holding.enter_context(recorder.held())
+        self._start = recorder.mark()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        __tracebackhide__ = True
+        with self._holding:
+            # What the block raised says more than a broadcast that is missing for it.
+            if kind is None:
+                self.check_since(self._start)
+
+    async def __aenter__(self) -> None:
+        self.__enter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        __tracebackhide__ = True
+        self.__exit__(kind, value, traceback)
+
+    def __del__(self) -> None:
+        if not self.used:
+            warnings.warn(
+                f"{self._called}(...) was neither entered nor a statement of its own: nothing was checked",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def assert_broadcasts(
+    *streamables: Streamable,
+    count: int | None = None,
+    type: str | None = None,
+    operation: str | None = None,
+    key: object = None,
+    value: Any = None,
+    exact: bool = False,
+) -> BroadcastAssertion:
+    """Assert that something is broadcast, by the block or, as a statement of its own, in the test so far.
+
+        with assert_broadcasts(room, count=1, operation="insert", value={"body": "Hi"}):
+            client.post(...)
+
+    Any thread and any task may broadcast. Nothing is sent. Changes count once they are committed, also where the
+    commit is part of an outer transaction that the test rolls back.
+
+    Args:
+        streamables: The stream, named as in production. A lone record means its own stream and those beneath it;
+            nothing at all means every stream.
+        count: How many events, exactly; at least one when None. Only those count that the other arguments fit.
+        type: The events' type.
+        operation: "insert", "update", "upsert" (which travels as an update) or "delete".
+        key: The events' key.
+        value: What the events' value holds: mappings as subsets, at every depth; dates, UUIDs and the like may be given
+            as such. Of free JSON (`broadcast_to`), what the whole event holds.
+        exact: Of a lone record, only its own stream.
+
+    Raises:
+        AssertionError: At the end of the block, or at once where there is none.
+        UsageError: There is neither a block nor the fixture `broadcasts`.
+    """
+    __tracebackhide__ = True
+    wanted = wanted_from(type=type, operation=operation, key=key, value=value)
+    assertion = BroadcastAssertion("assert_broadcasts", target_from(streamables, exact=exact), wanted, count)
+    return _checked_if_statement(assertion, "assert_broadcasts", sys._getframe(1))
+
+
+def assert_no_broadcasts(*streamables: Streamable, exact: bool = False) -> BroadcastAssertion:
+    """Assert that nothing is broadcast; see `assert_broadcasts`. Without *streamables*, on no stream at all."""
+    __tracebackhide__ = True
+    assertion = BroadcastAssertion("assert_no_broadcasts", target_from(streamables, exact=exact), Wanted(), 0)
+    return _checked_if_statement(assertion, "assert_no_broadcasts", sys._getframe(1))
+
+
+def _checked_if_statement(assertion: BroadcastAssertion, called: str, caller: FrameType) -> BroadcastAssertion:
+    __tracebackhide__ = True
+    if _is_statement(caller):
+        recording = current_recording()
+        if recording is None:
+            assertion.used = True
+            raise UsageError(nothing_recorded(called))
+        assertion.check_since(recording.begun())
+    return assertion
+
+
+def _is_statement(caller: FrameType) -> bool:
+    """Whether the result of the call that *caller* is making is thrown away: then no `with` will ever enter it.
+
+    Turbo's helpers ask whether they were given a block. Python has no such question, and an assertion that is made and
+    forgotten would be a test that cannot fail.
+    """
+    code = caller.f_code.co_code
+    following = next((opcode for opcode in code[caller.f_lasti + 2 :: 2] if opcode != _CACHE), None)
+    return following == _POP_TOP
+
+
+_CACHE = 0
+_POP_TOP = dis.opmap["POP_TOP"]
+
+
+class CapturedBroadcasts(Sequence[Broadcast]):
+    """The broadcasts of a block, or of the test so far; made by `capture_broadcasts`. Compares with lists."""
+
+    def __init__(self, target: Target, so_far: list[Broadcast] | None) -> None:
+        self._target = target
+        self._seen = so_far
+        self._start: tuple[int, int] | None = None
+        self._holding = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._holding.enter_context(recorder.held())
+        self._start = recorder.mark()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._holding:
+            self._seen, self._start = self._now(), None
+
+    async def __aenter__(self) -> Self:
+        return self.__enter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.__exit__(kind, value, traceback)
+
+    def _now(self) -> list[Broadcast]:
+        if self._start is not None:
+            return _covered(self._target, self._start)
+        if self._seen is None:
+            raise UsageError(nothing_recorded("capture_broadcasts"))
+        return self._seen
+
+    @overload
+    def __getitem__(self, index: int) -> Broadcast: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Broadcast]: ...
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._now()[index]
+
+    def __len__(self) -> int:
+        return len(self._now())
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, CapturedBroadcasts):
+            return self._now() == other._now()
+        return self._now() == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(self._now())
+
+
+def capture_broadcasts(*streamables: Streamable, exact: bool = False) -> CapturedBroadcasts:
+    """The broadcasts on a stream, as a sequence: of a block, or without one of the test so far.
+
+        with capture_broadcasts(room, "messages") as seen:
+            client.post(...)
+        assert [each.value["body"] for each in seen] == ["Hi"]
+
+    The sequence grows with the block and stays as it is after its end. For the arguments see `assert_broadcasts`.
+    """
+    target = target_from(streamables, exact=exact)
+    recording = current_recording()
+    return CapturedBroadcasts(target, None if recording is None else _covered(target, recording.begun()))
+
+
+def _covered(target: Target, start: tuple[int, int]) -> list[Broadcast]:
+    return [each for each in recorder.between(start, None)[0] if target.covers(each.stream)]

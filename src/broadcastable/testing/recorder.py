@@ -1,0 +1,221 @@
+"""What the process broadcasts, kept instead of sent, for as long as somebody looks.
+
+There is one recorder in a process, since a broadcast may come from any thread: that of a server under test, of a thread
+pool that was started before, or of an event loop. It listens while it is held, by a fixture or by a block.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, overload
+from urllib.parse import urlsplit
+from weakref import WeakSet
+
+from sqlalchemy import event
+from sqlalchemy.orm import Session
+
+from broadcastable.client import stand_ins
+from broadcastable.events import Batch
+from broadcastable.names import Streamable
+from broadcastable.streams import DurableStreams, current, intercepting
+from broadcastable.transactions import waiting
+from broadcastable.unsent import Reason, Unsent, listening
+
+from .broadcasts import Broadcast, broadcasts_in
+from .expectations import target_from
+
+
+class Recorder:
+    """Keeps everything that is broadcast in this process while it is held. Thread safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._holders = 0
+        self._listening = ExitStack()
+        self._sessions: WeakSet[Session] = WeakSet()
+        self._broadcasts: list[Broadcast] = []
+        self._unsent: list[Unsent] = []
+        self._kept: list[tuple[DurableStreams, Sequence[Batch]]] = []
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Record until the last holder lets go; then everything is forgotten."""
+        with self._lock:
+            if self._holders == 0:
+                self._listen()
+            self._holders += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._holders -= 1
+                if self._holders == 0:
+                    self._listening.close()
+                    self._broadcasts, self._unsent, self._kept = [], [], []
+
+    def _listen(self) -> None:
+        self._listening.enter_context(intercepting(self))
+        self._listening.enter_context(listening(self._note))
+        self._sessions = WeakSet()
+        for name in ("after_begin", "after_flush"):
+            event.listen(Session, name, self._notice)
+            self._listening.callback(event.remove, Session, name, self._notice)
+
+    def _notice(self, session: Session, *_: object) -> None:
+        with self._lock:
+            self._sessions.add(session)
+
+    def _note(self, unsent: Unsent) -> None:
+        with self._lock:
+            self._unsent.append(unsent)
+
+    def intercept(self, batches: Sequence[Batch], *, sender: DurableStreams, deferred: bool, joined: bool) -> bool:
+        """Record *batches*, and keep them unless they reach a server inside this process at once."""
+        seen = [each for batch in batches for each in broadcasts_in(batch, deferred=deferred, joined=joined)]
+        keep = deferred or not all(_origin(url) in stand_ins for url in sender.settings.server_urls)
+        with self._lock:
+            self._broadcasts += seen
+            if keep:
+                self._kept.append((sender, batches))
+        return keep
+
+    def mark(self) -> tuple[int, int]:
+        """Where the record stands: a beginning or an end for `between`."""
+        with self._lock:
+            return len(self._broadcasts), len(self._unsent)
+
+    def between(self, start: tuple[int, int], end: tuple[int, int] | None) -> tuple[list[Broadcast], list[Unsent]]:
+        """What was broadcast, and what was not, from *start* to *end* (None: now)."""
+        with self._lock:
+            last = end or self.mark()
+            unsent = self._unsent[start[1] : last[1]]
+            if end is None:
+                unsent += self._waiting()
+            return self._broadcasts[start[0] : last[0]], unsent
+
+    def _waiting(self) -> Iterator[Unsent]:
+        for session in list(self._sessions):
+            for stream, count in waiting(session).items():
+                yield from [Unsent(Reason.OPEN, stream=stream)] * count
+
+    def deliver(self) -> None:
+        """Send what is kept, in order, each through its sender's own outbox and relay, in this thread.
+
+        Raises:
+            AssertionError: Something stays behind: a stream is parked or its server does not answer.
+        """
+        with self._lock:
+            kept, self._kept = self._kept, []
+        for sender, batches in kept:
+            sender.outbox.put(batches)
+            for stream in dict.fromkeys(batch.stream for batch in batches):
+                sender.relay.deliver(stream)
+            _refuse_leftovers(sender)
+
+    @property
+    def is_recording(self) -> bool:
+        return self._holders > 0
+
+
+def _origin(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+recorder = Recorder()
+"""The recorder of this process."""
+
+_recordings: list[Recording] = []
+
+
+class Recording(Sequence[Broadcast]):
+    """Everything broadcast since it began, oldest first. Grows as the test goes on."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew: forget what was broadcast up to now, as after setting the stage."""
+        self._start = recorder.mark()
+
+    def on(self, *streamables: Streamable, exact: bool = False) -> list[Broadcast]:
+        """Those on the streams of *streamables*; a lone record means its own stream and those beneath it.
+
+        Args:
+            exact: Only that very stream.
+        """
+        target = target_from(streamables, exact=exact)
+        return [each for each in self._seen() if target.covers(each.stream)]
+
+    def begun(self) -> tuple[int, int]:
+        """Where in the record it begins."""
+        return self._start
+
+    def _seen(self) -> list[Broadcast]:
+        return recorder.between(self._start, None)[0]
+
+    @overload
+    def __getitem__(self, index: int) -> Broadcast: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Broadcast]: ...
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._seen()[index]
+
+    def __len__(self) -> int:
+        return len(self._seen())
+
+    def __repr__(self) -> str:
+        return f"<Recording of {len(self)} broadcasts>"
+
+
+@contextmanager
+def recording() -> Iterator[Recording]:
+    """Record, and send nothing, until the end of the block. Assertions without a block look at what is in here."""
+    with recorder.held():
+        began = Recording()
+        _recordings.append(began)
+        try:
+            yield began
+        finally:
+            _recordings.remove(began)
+
+
+def drain(durable_streams: DurableStreams | None = None, timeout: float = 5.0) -> None:
+    """Have everything broadcast so far delivered to the stream server, so that readers can be tested.
+
+    What is kept while recording is delivered in this thread, each by its own sender; for everything else of
+    *durable_streams* (`current()` when None) this waits for the worker, up to *timeout* seconds.
+
+    Raises:
+        AssertionError: Something stays behind; the message says which streams, and why.
+    """
+    recorder.deliver()
+    instance = durable_streams if durable_streams is not None else current()
+    instance.drain(timeout)
+    _refuse_leftovers(instance)
+
+
+def _refuse_leftovers(durable_streams: DurableStreams) -> None:
+    left = [
+        f"  {each.stream}: {each.parked or 'its server does not take it, see the log'}"
+        for each in durable_streams.outbox.pending()
+    ]
+    if left:
+        raise AssertionError("\n".join(["Not delivered:", *left]))
+
+
+def current_recording() -> Recording | None:
+    """The innermost recording; None when nothing is recorded."""
+    return _recordings[-1] if _recordings else None
+
+
+def nothing_recorded(asking: str) -> str:
+    """What to do where *asking* was called without a block and without a recording."""
+    return (
+        f"{asking}() without a block looks at what was broadcast since the fixture `broadcasts` began, and this test "
+        f"does not use it. Ask for the fixture, or write `with {asking}(...):`"
+    )

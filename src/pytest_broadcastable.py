@@ -1,0 +1,79 @@
+"""The pytest plugin: fixtures for tests of applications that broadcast. See `broadcastable.testing`.
+
+Beside the package rather than in it, because pytest imports it at every start: nothing of broadcastable, SQLAlchemy or
+httpx is loaded before a test asks for a fixture.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from broadcastable.streams import DurableStreams
+    from broadcastable.server import EmbeddedServer
+    from broadcastable.testing import MemoryStreams, Recording
+
+
+@pytest.fixture
+def memory_streams() -> MemoryStreams:
+    """The streams of `durable_streams`, to read back what was delivered: `memory_streams.events(room, "messages")`."""
+    from broadcastable.testing import MemoryStreams
+
+    return MemoryStreams()
+
+
+@pytest.fixture
+def durable_streams_settings() -> dict[str, Any]:
+    """Settings that `durable_streams` changes; override this fixture to have some."""
+    return {}
+
+
+@pytest.fixture
+def durable_streams(
+    memory_streams: MemoryStreams, durable_streams_settings: dict[str, Any]
+) -> Iterator[DurableStreams]:
+    """An instance of this test's own, in memory and with keys, that is the default in all threads while it runs."""
+    from broadcastable.testing import isolated_durable_streams
+
+    with isolated_durable_streams(memory_streams, **durable_streams_settings) as isolated:
+        yield isolated
+
+
+@pytest.fixture
+def broadcasts(durable_streams: DurableStreams) -> Iterator[Recording]:
+    """Everything that the test broadcasts, from any thread; nothing of it is sent before `drain()`."""
+    from broadcastable.testing import recording
+
+    with recording() as recorded:
+        yield recorded
+
+
+@pytest.fixture
+def drain(durable_streams: DurableStreams) -> Callable[..., None]:
+    """Call it to have everything broadcast so far delivered: `drain()`, or `drain(timeout=10.0)` in seconds.
+
+    What `broadcasts` has kept is delivered in the calling thread. Without that fixture it waits for the worker.
+
+    Raises:
+        AssertionError: Something stays behind.
+    """
+
+    from broadcastable.testing import drain
+
+    return functools.partial(drain, durable_streams)
+
+
+@pytest.fixture(scope="session")
+def stream_server() -> Iterator[EmbeddedServer]:
+    """A real stream server, one for all tests: use other stream names in each. Needs the extra `server`.
+
+    Its `settings` make a `DurableStreams` that reaches it; `url` is where it is.
+    """
+    from broadcastable.server import embedded_server
+
+    with embedded_server() as server:
+        yield server
