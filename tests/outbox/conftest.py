@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from broadcastable.outbox import Outbox
+from broadcastable.outbox.database import DatabaseOutbox, tables
 from broadcastable.outbox.memory import MemoryOutbox
 from broadcastable.outbox.redis import RedisOutbox
+from tests.conftest import BACKENDS
 
-STORES = ("memory", "redis")
+STORES = ("memory", "redis", *BACKENDS)
 
 
 @pytest.fixture(params=STORES)
@@ -29,12 +32,25 @@ def make_outbox(request: pytest.FixtureRequest) -> Iterator[Callable[..., Outbox
             outbox = shared[0]
         elif request.param == "redis":
             outbox = RedisOutbox(request.getfixturevalue("valkey_url"), namespace="test", **limits)
+        else:
+            url = request.getfixturevalue(f"{request.param}_url")
+            if not opened:
+                create_tables(url)
+            outbox = DatabaseOutbox(url, namespace="test", **limits)
         opened.append(outbox)
         return outbox
 
     yield make
     for outbox in opened:
         outbox.close()
+
+
+def create_tables(url: str) -> None:
+    metadata = sa.MetaData()
+    tables(metadata)
+    engine = sa.create_engine(url)
+    metadata.create_all(engine)
+    engine.dispose()
 
 
 @pytest.fixture

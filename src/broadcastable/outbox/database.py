@@ -1,0 +1,751 @@
+"""The outbox in the application's own database: batches are written in the transaction that they tell of.
+
+So they are there exactly when the rows are, and writers of one row, whom its lock puts in order, are in the same order
+here. A frame *marks the rows it takes* and removes no others: a transaction that commits late with a lower id is
+neither skipped nor deleted unsent.
+
+Writers only insert, so writers of different rows never wait for each other, nor for a relay. Everything else is done
+under a lock on the stream's row in `broadcastable_streams`, in short transactions of the relay's own connections.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from hashlib import blake2b
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from broadcastable.errors import ConfigurationError
+from broadcastable.events import Batch
+from broadcastable.settings import Settings
+
+from . import BatchMark, Frame, FrameId, PendingStream
+from .framing import Limits, events_that_fit, new_lease
+from .schema import OutboxTables, now_ms, tables
+
+__all__ = ["DatabaseOutbox", "OutboxTables", "sync_url", "tables"]
+
+ROWS_A_STATEMENT = 1_000
+"""Rows that one INSERT, UPDATE or DELETE names."""
+
+BYTES_A_STATEMENT = 4 << 20
+"""Bytes of events after which an INSERT ends early: MariaDB refuses statements over `max_allowed_packet` (16 MiB)."""
+
+IDS_KEPT_FOR = 10 * 60_000
+"""Milliseconds for which the id of a batch given to `put` is remembered, so that a repeated put is applied once."""
+
+STATE_KEPT_FOR = 6 * 86_400_000
+"""Milliseconds for which an idle stream's row is kept: less than the seven days of a stream server's own memory."""
+
+TIDY_EVERY = 600.0
+"""Seconds between two removals of what is no longer kept, in each process that sweeps."""
+
+LONGEST_ERROR = 10_000
+
+T = TypeVar("T")
+
+
+class DatabaseOutbox:
+    """An `Outbox` in two tables of the application's database. Thread safe.
+
+    Args:
+        engine_or_url: The database, for the relay; an `Engine`'s pool is shared, except for SQLite, where the relay
+            has connections of its own (`BEGIN IMMEDIATE`). A URL or engine of an asyncio driver stands for the same
+            database through its synchronous driver. None in a process that only writes (`stage`).
+        namespace: Beginning of the producer id.
+        outbox_tables: What `tables` gave, when not the default.
+        schema: The tables' schema, when *outbox_tables* is None.
+
+    Raises:
+        ConfigurationError: An in-memory SQLite database, which no worker could read, or a driver that is not installed.
+    """
+
+    transactional = True
+
+    def __init__(
+        self,
+        engine_or_url: sa.Engine | AsyncEngine | sa.URL | str | None,
+        *,
+        namespace: str,
+        max_frame_bytes: int,
+        max_frame_events: int,
+        tables: OutboxTables | None = None,
+        schema: str | None = None,
+    ) -> None:
+        found = tables or _own_tables(schema)
+        self._batches = found.batches
+        self._streams = found.streams
+        self._limits = Limits(max_frame_bytes, max_frame_events)
+        self._producer_id = f"{quote(namespace)}-database"
+        self._database = engine_or_url
+        self._opened: sa.Engine | None = None
+        self._opened_by = 0
+        self._opening = threading.Lock()
+        self._tidy_at = time.monotonic() + TIDY_EVERY
+        if not isinstance(engine_or_url, sa.Engine | None):
+            sync_url(engine_or_url.url if isinstance(engine_or_url, AsyncEngine) else engine_or_url)
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> DatabaseOutbox:
+        """An outbox on `database_url`; without one it can write (`stage`) but not relay."""
+        return cls(
+            settings.database_url,
+            namespace=settings.namespace,
+            max_frame_bytes=settings.max_frame_bytes,
+            max_frame_events=settings.max_frame_events,
+        )
+
+    # Writing
+
+    def stage(self, connection: sa.Connection, batches: Sequence[Batch]) -> None:
+        """See `Outbox.stage`. A statement holds at most 4 MiB of events, too; a larger batch has one of its own."""
+        self._insert(connection, [_row(batch) for batch in batches])
+
+    def staged(self, streams: Sequence[str]) -> list[str]:
+        """All of *streams*: only the database knows which have a wake-up queued, and the waker joins many into one."""
+        return list(streams)
+
+    def put(self, batches: Sequence[Batch]) -> list[str]:
+        """See `Outbox.put`: a transaction of its own. About five statements."""
+        if not batches:
+            return []
+        try:
+            return self._put(batches)
+        except sa.exc.IntegrityError:
+            # The same ids, put at the same moment by somebody else, who has won; now they can be seen.
+            return self._put(batches)
+
+    def _put(self, batches: Sequence[Batch]) -> list[str]:
+        given = {_put_id(batch): batch for batch in batches}
+        column = self._batches.c.put_id
+        with self._transaction() as connection:
+            for ids in _chunks(list(given)):
+                for known in connection.scalars(sa.select(column).where(column.in_(ids))):
+                    del given[known]
+            # A row without a stream outlives the delivery, so that a repeated put finds its id.
+            marks = [
+                {"stream": "", "created_at": 0, "events": 0, "size": 0, "about": b"", "payload": b"", "put_id": put_id}
+                for put_id in given
+            ]
+            self._insert(connection, marks)
+            self._insert(connection, [_row(batch) for batch in given.values()])
+            return self._woken_by_put(connection, list(dict.fromkeys(batch.stream for batch in given.values())))
+
+    def _woken_by_put(self, connection: sa.Connection, streams: Sequence[str]) -> list[str]:
+        # One order of locks for all, so that no two puts wait for each other in a circle.
+        wanting: set[str] = set()
+        for some in _chunks(sorted(streams)):
+            self._make_states(connection, some)
+            # All are locked before any is judged: one whose worker finishes just now will want a wake-up after all.
+            state = self._streams.c
+            locked = sa.select(state.stream, state.woken_at, state.parked, state.not_before, now_ms().label("now"))
+            found = connection.execute(locked.where(state.stream.in_(some)).order_by(state.stream).with_for_update())
+            unwoken = [
+                row.stream for row in found if row.woken_at is None and row.parked is None and row.not_before <= row.now
+            ]
+            self._mark_woken(connection, unwoken)
+            wanting.update(unwoken)
+        return [stream for stream in streams if stream in wanting]
+
+    def _mark_woken(self, connection: sa.Connection, streams: Sequence[str]) -> None:
+        if streams:
+            state = self._streams
+            connection.execute(sa.update(state).where(state.c.stream.in_(streams)).values(woken_at=now_ms()))
+
+    def _insert(self, connection: sa.Connection, rows: Sequence[dict[str, Any]]) -> None:
+        statement = sa.insert(self._batches)
+        for some in _statements(rows):
+            if len(some) == 1:
+                connection.execute(statement.inline(), some[0])
+            elif connection.dialect.insert_executemany_returning:
+                # With RETURNING SQLAlchemy sends all rows in one statement, from a cached text.
+                connection.execute(
+                    statement.returning(self._batches.c.id),
+                    some,
+                    execution_options={"insertmanyvalues_page_size": ROWS_A_STATEMENT},
+                )
+            else:
+                connection.execute(statement.values(some))
+
+    # Relaying
+
+    def claim(self, stream: str, *, lease_for: float, lease: str | None = None) -> Frame | None:
+        """See `Outbox.claim`. One transaction of three to six statements."""
+        with self._transaction() as connection:
+            state = self._lock(connection, stream)
+            if state is None:
+                if not self._has_rows(connection, stream):
+                    return None
+                self._make_states(connection, [stream])
+                self._free(connection, stream)
+                state = self._lock(connection, stream)
+            if state is None or not _is_free(state, lease):
+                return None
+            begun, count = state.count > 0, state.count
+            rows = self._frozen_rows(connection, state) if begun else self._free_rows(connection, state)
+            if sum(row.events for row in rows) - state.skip < count:
+                state, rows = self._begin_anew(connection, state)
+                begun = False
+            if not rows:
+                return None
+            changes: dict[str, Any] = {} if begun else self._freeze(connection, state, rows)
+            count = changes.get("count", count)
+            given = lease if lease is not None and state.lease == lease else new_lease()
+            changes |= {"lease": given, "leased_until": state.now + _milliseconds(lease_for), "woken_at": state.now}
+            self._change(connection, stream, changes)
+            return self._frame(connection, state, rows, count, begun=begun, lease=given)
+
+    def anchor(self, frame: Frame, offset: str) -> Frame:
+        """See `Outbox.anchor`. Two to three statements."""
+        with self._transaction() as connection:
+            state = self._lock(connection, frame.stream)
+            if not _is_current(state, frame) or state.anchor != frame.anchor:
+                return self._current(connection, frame, state)
+            self._change(connection, frame.stream, {"anchor": offset})
+            return replace(self._current(connection, frame, state, begun=frame.begun), anchor=offset)
+
+    def ack(self, frame: Frame, *, offset: str | None, events: int | None = None) -> bool:
+        """See `Outbox.ack`. Three statements; a few more when only part of the frame is acked."""
+        with self._transaction() as connection:
+            state = self._lock(connection, frame.stream)
+            if not _is_current(state, frame):
+                return False
+            acked = min(state.count, len(frame.events) if events is None else events)
+            rest_id, rest = state.rest_id, state.rest
+            if acked < state.count:
+                rest_id, rest = self._cut(connection, state, acked)
+            rows = self._batches.c
+            done = sa.delete(self._batches).where(rows.stream == frame.stream, rows.frame == state.frame)
+            connection.execute(done if rest_id is None else done.where(rows.id != rest_id))
+            changes = {"seq": state.seq + 1, "count": 0, "head_id": rest_id, "skip": rest, "parked": None}
+            changes |= {"rest_id": None, "rest": 0} | ({} if offset is None else {"anchor": offset})
+            self._change(connection, frame.stream, changes)
+            return True
+
+    def renew(self, frame: Frame, *, above: int) -> Frame:
+        """See `Outbox.renew`. Two to three statements."""
+        with self._transaction() as connection:
+            state = self._lock(connection, frame.stream)
+            if not _is_current(state, frame):
+                return self._current(connection, frame, state)
+            epoch = max(state.now, above + 1, state.epoch + 1)
+            self._change(connection, frame.stream, {"epoch": epoch, "seq": 0})
+            renewed = self._current(connection, frame, state, begun=frame.begun)
+            return replace(renewed, id=FrameId(self._producer_id, epoch, 0))
+
+    def shrink(self, frame: Frame, *, events: int) -> Frame:
+        """See `Outbox.shrink`. A few statements."""
+        with self._transaction() as connection:
+            state = self._lock(connection, frame.stream)
+            if not _is_current(state, frame):
+                return self._current(connection, frame, state)
+            count = max(1, min(events, state.count))
+            if count < state.count:
+                rest_id, rest = self._cut(connection, state, count)
+                self._change(connection, frame.stream, {"count": count, "rest_id": rest_id, "rest": rest})
+                state = self._lock(connection, frame.stream)
+            return self._current(connection, frame, state, begun=frame.begun)
+
+    def release(self, frame: Frame, *, delay: float) -> None:
+        """See `Outbox.release`. One statement."""
+        state = self._streams
+        with self._transaction() as connection:
+            connection.execute(
+                sa.update(state)
+                .where(state.c.stream == frame.stream, state.c.lease == frame.lease)
+                .values(
+                    lease=None,
+                    woken_at=None,
+                    not_before=now_ms() + _milliseconds(delay) if delay > 0 else sa.literal(0),
+                )
+            )
+
+    def finish(self, stream: str, *, lease: str | None) -> bool:
+        """See `Outbox.finish`. Three statements."""
+        with self._transaction() as connection:
+            state = self._lock(connection, stream)
+            if state is None:
+                # Nobody made a state for it yet, so nobody delivers it; a batch may have come all the same.
+                return self._has_rows(connection, stream)
+            if _is_leased(state, lease):
+                return False
+            again = _is_free(state, lease) and self._has_rows(connection, stream)
+            self._change(connection, stream, {"lease": None} if again else {"lease": None, "woken_at": None})
+            return again
+
+    def park(self, frame: Frame, error: str) -> None:
+        """See `Outbox.park`. One statement."""
+        state = self._streams
+        with self._transaction() as connection:
+            connection.execute(
+                sa.update(state)
+                .where(state.c.stream == frame.stream, state.c.count > 0)
+                .where(state.c.epoch == frame.id.epoch, state.c.seq == frame.id.seq)
+                .values(parked=error[:LONGEST_ERROR], lease=None, woken_at=None)
+            )
+
+    def retry(self, stream: str) -> bool:
+        """See `Outbox.retry`. Three statements."""
+        with self._transaction() as connection:
+            state = self._lock(connection, stream)
+            if state is not None:
+                self._change(connection, stream, {"parked": None, "not_before": 0})
+            return (state is not None and state.parked is not None) or self._has_rows(connection, stream)
+
+    def drop(self, stream: str) -> int:
+        """See `Outbox.drop`. Batches whose transactions are still open are not dropped. A few statements for each
+        thousand batches, in one transaction."""
+        rows = self._batches.c
+        lost = 0
+        with self._transaction() as connection:
+            state = self._lock(connection, stream)
+            # By rows that were seen, not by stream: what commits in between was neither counted nor meant.
+            while found := connection.execute(
+                sa.select(rows.id, rows.events).where(rows.stream == stream).limit(ROWS_A_STATEMENT)
+            ).all():
+                lost += sum(row.events for row in found)
+                connection.execute(sa.delete(self._batches).where(rows.id.in_([row.id for row in found])))
+            if state is not None:
+                lost -= state.skip
+                changes: dict[str, Any] = {"epoch": max(state.now, state.epoch + 1), "seq": 0}
+                changes |= dict.fromkeys(("count", "skip", "rest", "not_before"), 0)
+                changes |= dict.fromkeys(("head_id", "rest_id", "anchor", "lease", "parked", "woken_at"))
+                self._change(connection, stream, changes)
+            return lost
+
+    # Status
+
+    def due(self, *, older_than: float = 1.0, limit: int = 1_000) -> list[str]:
+        """See `Outbox.due`. Steps from stream to stream in the index, however many batches wait. Four statements."""
+        with self._transaction() as connection:
+            now: int = connection.execute(sa.select(now_ms())).scalar_one()
+            old = now - _milliseconds(older_than)
+            waiting = self._first_put()
+            state = self._streams.c
+            free = sa.and_(
+                state.parked.is_(None),
+                state.not_before <= now,
+                sa.or_(state.lease.is_(None), state.leased_until <= now),
+                sa.or_(state.woken_at.is_(None), state.woken_at <= old),
+            )
+            candidates = (
+                sa.select(waiting.c.stream, state.stream.label("known"))
+                .select_from(waiting.outerjoin(self._streams, state.stream == waiting.c.stream))
+                .where(waiting.c.put_at <= old, sa.or_(state.stream.is_(None), free))
+                .order_by(waiting.c.put_at)
+                .limit(limit)
+            )
+            found = connection.execute(candidates).all()
+            due: set[str] = set()
+            self._make_states(connection, sorted(row.stream for row in found if row.known is None))
+            for some in _chunks(sorted(row.stream for row in found)):
+                # Another sweeper at the same rows is served as well by them as we are.
+                ours = sa.select(state.stream).where(state.stream.in_(some), free).with_for_update(skip_locked=True)
+                mine = list(connection.scalars(ours))
+                self._mark_woken(connection, mine)
+                due.update(mine)
+        self._tidy()
+        return [row.stream for row in found if row.stream in due]
+
+    def _first_put(self) -> sa.Subquery:
+        """Each stream that has rows, and the `put_at` of its first free row, or of its first one when none is free."""
+        rows = self._batches.c
+        names = sa.select(sa.func.min(rows.stream).label("stream")).where(rows.stream > "").cte("names", recursive=True)
+        following = sa.select(sa.func.min(rows.stream)).where(rows.stream > names.c.stream).scalar_subquery()
+        names = names.union_all(sa.select(following).where(names.c.stream.is_not(None)))
+        first = (
+            sa.select(rows.put_at)
+            .where(rows.stream == names.c.stream)
+            .order_by(rows.frame, rows.id)
+            .limit(1)
+            .scalar_subquery()
+        )
+        return sa.select(names.c.stream, first.label("put_at")).where(names.c.stream.is_not(None)).subquery("waiting")
+
+    def pending(self, stream: str | None = None) -> list[PendingStream]:
+        """See `Outbox.pending`. One statement, which reads every batch's row but not its events."""
+        rows, state = self._batches.c, self._streams.c
+        counts = sa.select(
+            rows.stream,
+            sa.func.count().label("batches"),
+            sa.cast(sa.func.sum(rows.events), sa.BigInteger).label("events"),
+            sa.func.min(rows.created_at).label("oldest_at"),
+        ).group_by(rows.stream)
+        counted = counts.where(rows.stream > "" if stream is None else rows.stream == stream).subquery()
+        statement = (
+            sa.select(counted, state.skip, state.parked)
+            .select_from(counted.outerjoin(self._streams, state.stream == counted.c.stream))
+            .order_by(counted.c.oldest_at)
+        )
+        with self._transaction() as connection:
+            return [
+                PendingStream(row.stream, row.batches, int(row.events) - (row.skip or 0), row.oldest_at, row.parked)
+                for row in connection.execute(statement)
+            ]
+
+    def close(self) -> None:
+        """Close the connections of the relay's own engine; the pool of an engine that was given stays as it is."""
+        with self._opening:
+            opened, self._opened = self._opened, None
+        if opened is not None and not self._shares_pool:
+            opened.dispose()
+
+    # Rows of a stream
+
+    def _columns(self) -> list[Any]:
+        rows = self._batches.c
+        # What is larger than a frame is read in slices, once it is known which.
+        payload = sa.case((rows.size <= self._limits.max_bytes, rows.payload), else_=None)
+        return [rows.id, rows.events, rows.created_at, rows.about, payload.label("payload")]
+
+    def _free_rows(self, connection: sa.Connection, state: Any) -> list[Any]:
+        """Rows for a new frame: the one that was begun, then free ones by id, up to the first that is too much."""
+        rows = self._batches.c
+        head = sa.select(*self._columns()).where(rows.id == state.head_id)
+        first = (
+            sa.select(rows.id, rows.size)
+            .where(rows.stream == state.stream, rows.frame == 0)
+            .order_by(rows.id)
+            .limit(self._limits.max_events)
+            .subquery("first")
+        )
+        total = sa.func.sum(first.c.size).over(order_by=first.c.id)
+        summed = sa.select(first.c.id, (total - first.c.size).label("before")).subquery("summed")
+        found = connection.execute(
+            sa.select(*self._columns())
+            .join(summed, summed.c.id == rows.id)
+            .where(summed.c.before < self._limits.max_bytes)
+            .order_by(rows.id)
+        )
+        return [*([] if state.head_id is None else connection.execute(head)), *found]
+
+    def _frozen_rows(self, connection: sa.Connection, state: Any) -> list[Any]:
+        """Rows of the frozen frame, in its order."""
+        rows = self._batches.c
+        found = connection.execute(
+            sa.select(*self._columns()).where(rows.stream == state.stream, rows.frame == state.frame).order_by(rows.id)
+        ).all()
+        # What was begun goes first, also before a lower id that was committed later.
+        return sorted(found, key=lambda row: row.id != state.head_id)
+
+    def _freeze(self, connection: sa.Connection, state: Any, rows: list[Any]) -> dict[str, Any]:
+        """Mark the rows that fit a frame, drop the others from *rows*, and return what the stream's row must say."""
+        count = events_that_fit((_lengths(row) for row in rows), state.skip, self._limits)
+        taken, rest_id, rest = _split([(row.id, row.events) for row in rows], state.skip, count)
+        del rows[len(taken) :]
+        frame = state.frame + 1
+        for ids in _chunks(taken):
+            connection.execute(sa.update(self._batches).where(self._batches.c.id.in_(ids)).values(frame=frame))
+        return {"frame": frame, "count": count, "rest_id": rest_id, "rest": rest}
+
+    def _free(self, connection: sa.Connection, stream: str) -> None:
+        """Rows marked by a state that is gone."""
+        rows = self._batches.c
+        connection.execute(sa.update(self._batches).where(rows.stream == stream, rows.frame != 0).values(frame=0))
+
+    def _begin_anew(self, connection: sa.Connection, state: Any) -> tuple[Any, list[Any]]:
+        """Somebody deleted rows that were being sent. What is left goes out under a new epoch."""
+        changes: dict[str, Any] = {"epoch": max(state.now, state.epoch + 1), "seq": 0}
+        changes |= dict.fromkeys(("count", "skip", "rest"), 0) | dict.fromkeys(("head_id", "rest_id"))
+        self._free(connection, state.stream)
+        self._change(connection, state.stream, changes)
+        anew = self._lock(connection, state.stream)
+        return anew, self._free_rows(connection, anew)
+
+    def _cut(self, connection: sa.Connection, state: Any, count: int) -> tuple[int | None, int]:
+        """Free the rows of the frozen frame behind its first *count* events; its new `rest_id` and `rest`."""
+        rows = self._batches.c
+        found = connection.execute(
+            sa.select(rows.id, rows.events)
+            .where(rows.stream == state.stream, rows.frame == state.frame)
+            .order_by(rows.id)
+        ).all()
+        ordered = [(row.id, row.events) for row in sorted(found, key=lambda row: row.id != state.head_id)]
+        taken, rest_id, rest = _split(ordered, state.skip, count)
+        for ids in _chunks([row_id for row_id, _ in ordered[len(taken) :]]):
+            connection.execute(sa.update(self._batches).where(rows.id.in_(ids)).values(frame=0))
+        return rest_id, rest
+
+    def _frame(
+        self, connection: sa.Connection, state: Any, rows: Iterable[Any], count: int, *, begun: bool, lease: str
+    ) -> Frame:
+        events: list[bytes] = []
+        marks: list[BatchMark] = []
+        skip = state.skip
+        for row in rows:
+            about = _about(row)
+            lengths = about.lengths()
+            wanted = lengths[skip : skip + count - len(events)]
+            at = sum(lengths[:skip])
+            payload = row.payload
+            if payload is None:
+                payload, at = self._slice(connection, row.id, at, sum(wanted)), 0
+            for length in wanted:
+                events.append(bytes(payload[at : at + length]))
+                at += length
+            marks.append(BatchMark(about.id, about.txid, len(wanted), row.created_at, about.trace))
+            skip = 0
+        frame_id = FrameId(self._producer_id, state.epoch, state.seq)
+        return Frame(state.stream, frame_id, tuple(events), tuple(marks), state.anchor, begun, lease)
+
+    def _slice(self, connection: sa.Connection, row_id: int, at: int, length: int) -> bytes:
+        rows = self._batches.c
+        part = sa.func.substr(rows.payload, at + 1, length, type_=sa.LargeBinary)
+        return bytes(connection.scalar(sa.select(part).where(rows.id == row_id)) or b"")
+
+    def _current(self, connection: sa.Connection, frame: Frame, state: Any, *, begun: bool = True) -> Frame:
+        """What is frozen now, under the lease of *frame*; *frame* itself, begun, when nothing is."""
+        if state is None or not state.count:
+            return replace(frame, begun=True)
+        rows = self._frozen_rows(connection, state)
+        return self._frame(connection, state, rows, state.count, begun=begun, lease=frame.lease)
+
+    # A stream's own row
+
+    def _lock(self, connection: sa.Connection, stream: str) -> Any:
+        """The stream's state and the time, locked until the end of the transaction; None when there is no state."""
+        statement = sa.select(self._streams, now_ms().label("now")).where(self._streams.c.stream == stream)
+        return connection.execute(statement.with_for_update()).one_or_none()
+
+    def _change(self, connection: sa.Connection, stream: str, changes: dict[str, Any]) -> None:
+        connection.execute(sa.update(self._streams).where(self._streams.c.stream == stream).values(changes))
+
+    def _make_states(self, connection: sa.Connection, streams: Sequence[str]) -> None:
+        """Begin a state for those of *streams* that have none; whoever else does the same at this moment may win."""
+        for some in _chunks(streams):
+            rows = [{"stream": stream, "epoch": now_ms()} for stream in some]
+            connection.execute(_insert_unless_there(connection.dialect.name, self._streams).values(rows))
+
+    def _has_rows(self, connection: sa.Connection, stream: str) -> bool:
+        rows = self._batches.c
+        return connection.execute(sa.select(rows.id).where(rows.stream == stream).limit(1)).first() is not None
+
+    def _tidy(self) -> None:
+        """Remove ids and states that are kept no longer, now and then."""
+        if time.monotonic() < self._tidy_at:
+            return
+        self._tidy_at = time.monotonic() + TIDY_EVERY
+        rows, state = self._batches.c, self._streams.c
+        old_ids = sa.select(rows.id).where(rows.stream == "", rows.put_at < now_ms() - IDS_KEPT_FOR)
+        waiting = sa.exists().where(rows.stream == state.stream)
+        unused = sa.and_(state.leased_until < now_ms() - STATE_KEPT_FOR, state.parked.is_(None), ~waiting)
+        for table, key, old, still in (
+            (self._batches, rows.id, old_ids, sa.true()),
+            (self._streams, state.stream, sa.select(state.stream).where(unused), unused),
+        ):
+            while True:
+                with self._transaction() as connection:
+                    found = list(connection.scalars(old.limit(ROWS_A_STATEMENT)))
+                    if found:
+                        connection.execute(sa.delete(table).where(key.in_(found), still))
+                if len(found) < ROWS_A_STATEMENT:
+                    break
+
+    # Connections
+
+    @property
+    def _shares_pool(self) -> bool:
+        return isinstance(self._database, sa.Engine) and self._database.dialect.name != "sqlite"
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sa.Connection]:
+        with self._engine().begin() as connection:
+            yield connection
+
+    def _engine(self) -> sa.Engine:
+        with self._opening:
+            if self._opened is not None and self._opened_by != os.getpid():
+                # The parent goes on using its connections.
+                self._opened.dispose(close=False)
+                self._opened = None
+            if self._opened is None:
+                self._opened, self._opened_by = self._open(), os.getpid()
+            return self._opened
+
+    def _open(self) -> sa.Engine:
+        database = self._database
+        if database is None:
+            raise ConfigurationError(
+                "To relay the database outbox, or to put into it outside a transaction, "
+                "set database_url (BROADCASTABLE_DATABASE_URL)"
+            )
+        if isinstance(database, sa.Engine) and database.dialect.name != "sqlite":
+            return database.execution_options(isolation_level="READ COMMITTED")
+        url = sync_url(database.url if isinstance(database, sa.Engine | AsyncEngine) else database)
+        if url.get_backend_name() != "sqlite":
+            return sa.create_engine(url, isolation_level="READ COMMITTED", pool_pre_ping=True)
+        engine = sa.create_engine(url, connect_args={"timeout": 30})
+        _begin_immediately(engine)
+        return engine
+
+
+SYNC_DRIVERS = {
+    "sqlite+aiosqlite": "sqlite",
+    "postgresql+asyncpg": "postgresql+psycopg",
+    "postgresql+psycopg_async": "postgresql+psycopg",
+    "mysql+aiomysql": "mysql+pymysql",
+    "mysql+asyncmy": "mysql+pymysql",
+    "mariadb+aiomysql": "mariadb+pymysql",
+    "mariadb+asyncmy": "mariadb+pymysql",
+}
+
+
+def sync_url(url: sa.URL | str) -> sa.URL:
+    """*url* with the synchronous driver of its backend: the relay works in threads.
+
+    Raises:
+        ConfigurationError: That driver is not installed, or the URL names an in-memory SQLite database.
+    """
+    parsed = sa.make_url(url)
+    parsed = parsed.set(drivername=SYNC_DRIVERS.get(parsed.drivername, parsed.drivername))
+    try:
+        dialect = parsed.get_dialect()
+        dialect.import_dbapi()
+    except (ImportError, sa.exc.NoSuchModuleError) as error:
+        raise ConfigurationError(
+            f"The database outbox is relayed with the driver {parsed.drivername!r}, which is not installed ({error}). "
+            "Install it, or set database_url to a synchronous driver that is"
+        ) from error
+    if parsed.get_backend_name() == "sqlite" and _is_in_memory(parsed):
+        raise ConfigurationError(
+            "The database outbox needs an SQLite file: an in-memory database is seen by one connection only. "
+            'Give database_url a path, or choose outbox="memory"'
+        )
+    return parsed
+
+
+def _is_in_memory(url: sa.URL) -> bool:
+    if url.query.get("cache") == "shared":
+        return False
+    return not url.database or url.database == ":memory:" or url.query.get("mode") == "memory"
+
+
+def _begin_immediately(engine: sa.Engine) -> None:
+    # A transaction that reads first and writes then fails at once when another wrote in between (SQLITE_BUSY_SNAPSHOT),
+    # whatever the timeout. SQLAlchemy documentation, SQLite, "Enabling non-legacy SQLite transactional modes".
+    @event.listens_for(engine, "connect")
+    def stop_the_driver_from_beginning(dbapi_connection: Any, record: Any) -> None:
+        dbapi_connection.isolation_level = None
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _own_tables(schema: str | None) -> OutboxTables:
+    return tables(sa.MetaData(), schema=schema)
+
+
+def _insert_unless_there(dialect: str, table: sa.Table) -> Any:
+    if dialect == "postgresql":
+        return postgresql.insert(table).on_conflict_do_nothing()
+    if dialect == "sqlite":
+        return sqlite.insert(table).on_conflict_do_nothing()
+    # IGNORE would hide other mistakes, too.
+    return mysql.insert(table).on_duplicate_key_update(stream=table.c.stream)
+
+
+# A batch as a row
+
+
+class _About(msgspec.Struct, array_like=True):
+    id: str
+    txid: str
+    trace: str | None
+    packed_lengths: bytes
+
+    def lengths(self) -> tuple[int, ...]:
+        return struct.unpack(f">{len(self.packed_lengths) // 4}I", self.packed_lengths)
+
+
+def _row(batch: Batch) -> dict[str, Any]:
+    lengths = struct.pack(f">{len(batch.events)}I", *map(len, batch.events))
+    return {
+        "stream": batch.stream,
+        "created_at": batch.created_at,
+        "events": len(batch.events),
+        "size": batch.size + len(batch.events),
+        "about": msgspec.msgpack.encode(_About(batch.id, batch.txid, batch.trace, lengths)),
+        "payload": b"".join(batch.events),
+        "put_id": None,
+    }
+
+
+def _about(row: Any) -> _About:
+    return msgspec.msgpack.decode(row.about, type=_About)
+
+
+def _lengths(row: Any) -> tuple[int, ...]:
+    return _about(row).lengths()
+
+
+def _put_id(batch: Batch) -> str:
+    return batch.id if len(batch.id) <= 32 else blake2b(batch.id.encode(), digest_size=32).hexdigest()
+
+
+# Arithmetic of rows and states
+
+
+def _split(rows: Sequence[tuple[int, int]], skip: int, count: int) -> tuple[list[int], int | None, int]:
+    """The first *count* events after *skip* of *rows* (id, events): ids that hold them, and what of the last is left.
+
+    Returns:
+        The ids; the last one again when it is not done, else None; how many of its events are done then, else 0.
+    """
+    taken: list[int] = []
+    for row_id, events in rows:
+        if count == 0:
+            break
+        taken.append(row_id)
+        if events - skip > count:
+            return taken, row_id, skip + count
+        count -= events - skip
+        skip = 0
+    return taken, None, 0
+
+
+def _is_leased(state: Any, lease: str | None) -> bool:
+    return state.lease is not None and state.lease != lease and bool(state.leased_until > state.now)
+
+
+def _is_free(state: Any, lease: str | None) -> bool:
+    return state.parked is None and state.not_before <= state.now and not _is_leased(state, lease)
+
+
+def _is_current(state: Any, frame: Frame) -> bool:
+    return state is not None and state.count > 0 and (state.epoch, state.seq) == (frame.id.epoch, frame.id.seq)
+
+
+def _chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), ROWS_A_STATEMENT):
+        yield items[start : start + ROWS_A_STATEMENT]
+
+
+def _statements(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """*rows* in portions for one INSERT each."""
+    some: list[dict[str, Any]] = []
+    size = 0
+    for row in rows:
+        if some and (len(some) == ROWS_A_STATEMENT or size + row["size"] > BYTES_A_STATEMENT):
+            yield some
+            some, size = [], 0
+        some.append(row)
+        size += row["size"]
+    if some:
+        yield some
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(0, round(seconds * 1000))
