@@ -1,0 +1,570 @@
+"""From a flush to the buffers: which rows changed, where that is to be told, and with which values.
+
+Runs once at the end of each flush, when every key is known and the history of every attribute is still there. Values
+are taken then and there: the objects may be gone at the commit. What leaves or moves is noted before what arrives, so
+a key that changes hands within one flush ends up with its new owner.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import inspect
+import logging
+import types
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
+from typing import Any, Concatenate, Final, ParamSpec, TypeAlias, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.orm import InstanceState, Mapper, Session, UOWTransaction
+from sqlalchemy.orm.attributes import set_committed_value
+from sqlalchemy.orm.base import NO_VALUE
+
+from . import transactions
+from .completion import NO_STREAM, PathReader, RowReader, Underway, Unplaced, changes_at, report_failure, select_rows
+from .declarations import PLAN_ATTRIBUTE, PathTarget, Plan, RecordTarget, Route
+from .events import encode_json
+from .suppression import is_suppressed
+from .transactions import Buffers, Change, Changes, Delivery, EntityKey, Level, Unread, buffers_of, coalesce
+from .values import key_text
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+State: TypeAlias = InstanceState[Any]
+
+_by_insert_order = attrgetter("insert_order")
+
+
+def _after_flush(session: Session, context: UOWTransaction) -> None:
+    plans = [
+        (plan, mapper) for mapper in context.mappers if (plan := mapper.class_.__dict__.get(PLAN_ATTRIBUTE)) is not None
+    ]
+    if not plans:
+        return
+    buffers = buffers_of(session)
+    notes = _notes_of(buffers)
+    plans = [(plan, mapper) for plan, mapper in plans if not is_suppressed(mapper.class_)]
+    if plans:
+        level = buffers.level(session)
+        level.mapper = level.mapper or plans[0][1]
+        _Flush(notes, level, buffers.delivery_for(session), context).capture(plans)
+    notes.known_before.clear()
+    notes.expressions.clear()
+    if buffers.committing:
+        buffers.finish(session)
+
+
+class _Notes:
+    """What the capture remembers of a transaction, and of the flush under way."""
+
+    def __init__(self) -> None:
+        # Of the flush: values that attributes had before it, where the unit of work does not know them.
+        self.known_before: dict[State, dict[str, Any]] = {}
+        # Of the flush: attributes set to an SQL expression; their history is gone when it ends.
+        self.expressions: dict[State, set[str]] = {}
+        self.failed: set[Route] = set()
+        self._rows: dict[Plan, RowReader] = {}
+        self._paths: PathReader | None = None
+
+    def paths(self, delivery: Delivery) -> PathReader:
+        if self._paths is None:
+            self._paths = PathReader(delivery)
+        return self._paths
+
+    def rows(self, plan: Plan, delivery: Delivery) -> RowReader:
+        found = self._rows.get(plan)
+        if found is None:
+            found = self._rows[plan] = RowReader(plan, delivery, self.paths(delivery))
+        return found
+
+
+def _notes_of(buffers: Buffers) -> _Notes:
+    if buffers.notes is None:
+        buffers.notes = _Notes()
+    notes: _Notes = buffers.notes
+    return notes
+
+
+class _Flushed:
+    """The rows of one class that a flush wrote."""
+
+    def __init__(self, plan: Plan, mapper: Mapper[Any], context: UOWTransaction, notes: _Notes) -> None:
+        self.plan = plan
+        self._expressions = notes.expressions
+        self.inserted: list[State] = []
+        self.updated: list[tuple[State, set[str]]] = []
+        self.deleted: list[State] = []
+        self.replaced: list[State] = []
+        maybe_replaced: list[State] = []
+        for state in context.mappers[mapper]:
+            is_delete, list_only = context.states[state]
+            if is_delete:
+                (maybe_replaced if list_only else self.deleted).append(state)
+            elif list_only:
+                continue
+            elif state.key is None:
+                self.inserted.append(state)
+            elif state.committed_state or state in notes.expressions:
+                changed = self._changed(state)
+                if changed:
+                    self.updated.append((state, changed))
+        self.inserted.sort(key=_by_insert_order)
+        if maybe_replaced:
+            # A deleted row and a new one with its key became one UPDATE: SQLAlchemy takes the delete off the plan.
+            new = {tuple(mapper.primary_key_from_instance(state.obj())) for state in self.inserted}
+            self.replaced = [state for state in maybe_replaced if state.key is not None and state.key[1] in new]
+
+    def _changed(self, state: State) -> set[str]:
+        equal = self.plan.equal
+        row = state.dict
+        changed = {
+            name
+            for name, old in state.committed_state.items()
+            if name in equal and (old is NO_VALUE or name not in row or equal[name](row[name], old) is not True)
+        }
+        if state in self._expressions:
+            changed |= self._expressions[state]
+        return changed
+
+
+Handle: TypeAlias = Any
+"""Where a route leads for one row: the values of its target's columns, or the stream's name from a function."""
+
+_NOWHERE: Handle = object()
+
+
+class _Flush:
+    """Takes what one flush wrote to the buffer of its transaction."""
+
+    def __init__(self, notes: _Notes, level: Level, delivery: Delivery, context: UOWTransaction) -> None:
+        self._notes = notes
+        self._level = level
+        self._delivery = delivery
+        self._context = context
+        self._session: Session = context.session
+        self._app = delivery.settings.gid_app
+        self._keys_as_strings = delivery.settings.keys_as_strings
+
+    def capture(self, plans: Sequence[tuple[Plan, Mapper[Any]]]) -> None:
+        flushed = [_Flushed(plan, mapper, self._context, self._notes) for plan, mapper in plans]
+        arriving: list[tuple[Route, State, Handle, EntityKey, Change]] = []
+        for each in flushed:
+            for route in each.plan.routes:
+                if route.direct:
+                    self._remove_direct(route, each)
+                else:
+                    arriving.extend(self._move_indirect(route, each))
+        for each in flushed:
+            for route in each.plan.routes:
+                if route.direct:
+                    self._insert_direct(route, each)
+                    self._update_direct(route, each)
+        for route, state, handle, entity, change in arriving:
+            self._guarded(self._add, route, state, handle, entity, change)
+
+    # Routes that follow from the row alone
+
+    def _remove_direct(self, route: Route, flushed: _Flushed) -> None:
+        leaving = [*flushed.deleted, *flushed.replaced]
+        leaving += [state for state, changed in flushed.updated if not changed.isdisjoint(route.placing)]
+        for state in leaving:
+            self._guarded(self._remove, route, state)
+
+    def _remove(self, route: Route, state: State) -> None:
+        row = self._before(route.plan, state)
+        handle = tuple(row[name] for name in route.target_attributes)
+        self._add(
+            route, state, handle, (route.type, _old_key(state)), (True, False, None, self._old(route, row), route.on)
+        )
+
+    def _insert_direct(self, route: Route, flushed: _Flushed) -> None:
+        if isinstance(route.target, PathTarget) or flushed.replaced:
+            for state in flushed.inserted:
+                self._guarded(self._arrive, route, state, False)
+            return
+        # The common case, and many rows of it: nothing here is a call that can be avoided.
+        streams = self._level.lookups.setdefault(route, {})
+        encode = route.encoder(keys_as_strings=self._keys_as_strings, absent_is_null=True)
+        target_of = route.target_of_new
+        needed, type_, on = route.attributes, route.type, route.on
+        for state in flushed.inserted:
+            row = state.dict
+            try:
+                expired = state.expired_attributes
+                if expired and not needed.isdisjoint(expired):
+                    self._arrive(route, state, False)
+                    continue
+                target = target_of(row)
+                changes = streams.get(target)
+                if changes is None:
+                    changes = streams[target] = self._open(route, target)
+                if changes is NO_STREAM:
+                    continue
+                key, body = encode(row)
+                entity = (type_, key)
+                if entity in changes:
+                    coalesce(changes, entity, (False, True, body, None, on))
+                else:
+                    changes[entity] = (False, True, body, None, on)
+            except Exception as error:
+                self._failed(route, state, error)
+
+    def _update_direct(self, route: Route, flushed: _Flushed) -> None:
+        if isinstance(route.target, PathTarget) or route.old_value:
+            for state, changed in flushed.updated:
+                existed = changed.isdisjoint(route.placing)
+                self._guarded(self._arrive, route, state, existed)
+            return
+        streams = self._level.lookups.setdefault(route, {})
+        encode = route.encoder(keys_as_strings=self._keys_as_strings, absent_is_null=False)
+        target_of = route.target_of
+        placing, type_, on = route.placing, route.type, route.on
+        for state, changed in flushed.updated:
+            row = state.dict
+            try:
+                target = target_of(row)
+                changes = streams.get(target)
+                if changes is None:
+                    changes = streams[target] = self._open(route, target)
+                if changes is NO_STREAM:
+                    continue
+                key, body = encode(row)
+                coalesce(changes, (type_, key), (changed.isdisjoint(placing), True, body, None, on))
+            except KeyError:
+                existed = changed.isdisjoint(placing)
+                self._guarded(self._arrive, route, state, existed)
+            except Exception as error:
+                self._failed(route, state, error)
+
+    def _arrive(self, route: Route, state: State, existed: bool) -> None:
+        """The careful way: for rows that are not known whole, old values, and paths."""
+        row = _as_stored(route.plan, state)
+        old = self._old(route, self._before(route.plan, state)) if existed else None
+        identity = _new_identity(route.plan, state)
+        reader = self._notes.rows(route.plan, self._delivery)
+        if any(name not in row for name in route.target_attributes):
+            self._level.wait_for(reader, Unplaced(route, identity, existed, old))
+            return
+        handle = tuple(row[name] for name in route.target_attributes)
+        body: bytes | Unread
+        try:
+            encode = route.encoder(keys_as_strings=self._keys_as_strings, absent_is_null=False)
+            body = encode(row)[1]
+        except KeyError:
+            body = Unread(identity)
+            self._level.wait_for(reader, (route, body))
+        self._add(route, state, handle, (route.type, key_text(identity)), (existed, True, body, old, route.on))
+
+    # Routes with functions of the application
+
+    def _move_indirect(
+        self, route: Route, flushed: _Flushed
+    ) -> Iterator[tuple[Route, State, Handle, EntityKey, Change]]:
+        """Note at once what leaves; yield what arrives."""
+        self._load_missing(route.plan, [*flushed.inserted, *(state for state, _ in flushed.updated)])
+        for state in (*flushed.deleted, *flushed.replaced):
+            self._guarded(self._leave_indirect, route, state)
+        for state in flushed.inserted:
+            arrival = self._guarded(self._arrive_indirect, route, state, None)
+            if arrival is not None:
+                yield route, state, *arrival
+        for state, _ in flushed.updated:
+            arrival = self._guarded(self._update_indirect, route, state)
+            if arrival is not None:
+                yield route, state, *arrival
+
+    def _leave_indirect(self, route: Route, state: State) -> None:
+        row = self._before(route.plan, state)
+        record = state.obj()
+        handle, entity = self._place_before(route, state, record, row, fallback=_NOWHERE)
+        if handle is not _NOWHERE:
+            self._add(route, state, handle, entity, (True, False, None, self._old(route, row), route.on))
+
+    def _update_indirect(self, route: Route, state: State) -> tuple[Handle, EntityKey, Change] | None:
+        row = self._before(route.plan, state)
+        record = state.obj()
+        now = self._place(route, record, state.dict)
+        was = self._place_before(route, state, record, row, fallback=now[0])
+        if was == now and now[0] is not _NOWHERE:
+            return self._arrive_indirect(route, state, self._old(route, row), place=now, existed=True)
+        if was[0] is not _NOWHERE:
+            self._add(route, state, *was, (True, False, None, self._old(route, row), route.on))
+        return self._arrive_indirect(route, state, None, place=now)
+
+    def _arrive_indirect(
+        self,
+        route: Route,
+        state: State,
+        old: bytes | None,
+        *,
+        place: tuple[Handle, EntityKey] | None = None,
+        existed: bool = False,
+    ) -> tuple[Handle, EntityKey, Change] | None:
+        record = state.obj()
+        handle, entity = place or self._place(route, record, state.dict)
+        if handle is _NOWHERE:
+            return None
+        row = _as_stored(route.plan, state)
+        if route.value_of is not None:
+            value = route.value_of(record, row, self._keys_as_strings)
+        else:
+            value = route.plan.reader(keys_as_strings=self._keys_as_strings)(row)
+        return handle, entity, (existed, True, route.encode(entity[1], value), old, route.on)
+
+    def _place(self, route: Route, record: Any, row: Any) -> tuple[Handle, EntityKey]:
+        key = (
+            key_text((route.key_of(record),))
+            if route.key_of is not None
+            else key_text([row[name] for name in route.plan.key])
+        )
+        entity = (route.type, key)
+        if route.when is not None and not route.when(record):
+            return _NOWHERE, entity
+        if isinstance(route.target, RecordTarget):
+            return route.target.name(record, self._app) or _NOWHERE, entity
+        return tuple(row.get(name) for name in route.target_attributes), entity
+
+    def _place_before(
+        self, route: Route, state: State, record: Any, row: dict[str, Any], *, fallback: Handle
+    ) -> tuple[Handle, EntityKey]:
+        before = _RecordBefore(record, row, route.plan)
+        try:
+            return self._place(route, before, row)
+        except Exception as error:
+            # What cannot be told of the past (a function that asks the database, a column nobody had loaded) is taken
+            # to be as it is now; a reader ignores the delete of a key that it does not have.
+            log.debug("%s %s: where it was before is not known (%s)", route.plan.name, _old_key(state), error)
+            entity = (route.type, _old_key(state))
+            if fallback is _NOWHERE and not isinstance(route.target, RecordTarget):
+                return tuple(row[name] for name in route.target_attributes), entity
+            return fallback, entity
+
+    def _load_missing(self, plan: Plan, states: list[State]) -> None:
+        """Load, with one statement, what the application's functions would otherwise load row by row."""
+        names = [each.name for each in plan.attributes]
+        missing = [state for state in states if any(name not in _as_stored(plan, state) for name in names)]
+        if not missing:
+            return
+        connection = self._session.connection(bind_arguments={"mapper": plan.mapper})
+        identities = [_new_identity(plan, state) for state in missing]
+        rows = select_rows(connection, plan.mapper, names, plan.key, identities)
+        for state in missing:
+            row = rows.get(key_text(_new_identity(plan, state)), {})
+            for name in row.keys() - state.dict.keys():
+                set_committed_value(state.obj(), name, row[name])
+
+    # Common to both
+
+    def _before(self, plan: Plan, state: State) -> dict[str, Any]:
+        """The row as the database had it before the flush; attributes that nobody knows are absent."""
+        row = _as_stored(plan, state)
+        for name, old in state.committed_state.items():
+            if name in plan.equal:
+                if old is NO_VALUE:
+                    row.pop(name, None)
+                else:
+                    row[name] = old
+        row.update(self._notes.known_before.get(state, ()))
+        if state.key is not None:
+            row.update(zip(plan.key, state.key[1], strict=True))
+        return row
+
+    def _old(self, route: Route, row: dict[str, Any]) -> bytes | None:
+        if not route.old_value:
+            return None
+        reader = route.plan.reader(keys_as_strings=self._keys_as_strings)
+        try:
+            return encode_json(reader(row))
+        except KeyError:
+            return None
+
+    def _open(self, route: Route, target: Any) -> Changes:
+        values = target if isinstance(target, tuple) else (target,)
+        return changes_at(route, values, self._level, self._delivery)
+
+    def _add(self, route: Route, state: State, handle: Handle, entity: EntityKey, change: Change) -> None:
+        if isinstance(route.target, RecordTarget):
+            changes = self._level.stream(self._delivery, handle).changes
+        elif isinstance(route.target, PathTarget):
+            if all(value is not None for value in handle):
+                reader = self._notes.paths(self._delivery)
+                reader.place_or_wait(self._session, self._level, Underway(route, handle, entity, change))
+            return
+        else:
+            changes = changes_at(route, handle, self._level, self._delivery)
+        if changes is not NO_STREAM:
+            coalesce(changes, entity, change)
+
+    def _guarded(
+        self,
+        step: Callable[Concatenate[Route, State, P], T],
+        route: Route,
+        state: State,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T | None:
+        """Do *step*; whatever it raises costs this row's event, not the flush."""
+        try:
+            return step(route, state, *args, **kwargs)
+        except Exception as error:
+            self._failed(route, state, error)
+            return None
+
+    def _failed(self, route: Route, state: State, error: Exception) -> None:
+        first = route not in self._notes.failed
+        self._notes.failed.add(route)
+        key = _old_key(state) if state.key is not None else state.dict.get(route.plan.key[0])
+        report_failure(route.plan.name, key, route, error, first=first)
+
+
+# Rows
+
+
+def _as_stored(plan: Plan, state: State) -> dict[str, Any]:
+    """What the instance holds, with null for what an INSERT of this session left out. Loads nothing."""
+    row: dict[str, Any] = {name: value for name, value in state.dict.items() if name in plan.equal}
+    if state.runid is None:  # made here, and no query has touched it since
+        expired = state.expired_attributes
+        for name in plan.names:
+            if name not in row and name not in expired:
+                row[name] = None
+    return row
+
+
+def _new_identity(plan: Plan, state: State) -> tuple[Any, ...]:
+    row = state.dict
+    known = state.key[1] if state.key is not None else (None,) * len(plan.key)
+    return tuple(row.get(name, before) for name, before in zip(plan.key, known, strict=True))
+
+
+def _old_key(state: State) -> str:
+    assert state.key is not None
+    return key_text(state.key[1])
+
+
+class _RecordBefore:
+    """Shows the application's own functions a record as it was before the flush; its relationships as they are now.
+
+    Methods and properties of the class run on this view, so that `when=lambda message: message.is_public()` works.
+    """
+
+    def __init__(self, record: Any, row: dict[str, Any], plan: Plan) -> None:
+        self.__dict__.update(_broadcastable_before=(record, row, plan))
+
+    def __getattr__(self, name: str) -> Any:
+        record, row, plan = self.__dict__["_broadcastable_before"]
+        if name in row:
+            return row[name]
+        if name in plan.equal:
+            raise AttributeError(f"What {plan.name}.{name} was before the flush is not known")
+        attribute = inspect.getattr_static(type(record), name, None)
+        if isinstance(attribute, types.FunctionType):
+            return types.MethodType(attribute, self)
+        getter = getattr(attribute, "fget", None)  # property, hybrid_property
+        return getter(self) if getter is not None else getattr(record, name)
+
+
+# Before the flush writes
+
+_PLAIN: Final = frozenset(
+    {type(None), str, int, float, bool, bytes, dict, list, datetime.datetime, datetime.date, decimal.Decimal, uuid.UUID}
+)
+"""Types of values that are no SQL expressions; there are others, they take the longer way."""
+
+
+def _before_update(mapper: Mapper[Any], connection: sa.Connection, state: State) -> None:
+    plan = mapper.class_.__dict__.get(PLAN_ATTRIBUTE)
+    if plan is None:
+        return
+    committed = state.committed_state
+    row = state.dict
+    for name, old in committed.items():
+        value = row.get(name)
+        if value.__class__ not in _PLAIN and name in plan.equal and _is_expression(value):
+            notes = _notes_of(buffers_of(_session_of(state)))
+            notes.expressions.setdefault(state, set()).add(name)
+            if old is not NO_VALUE:
+                notes.known_before.setdefault(state, {})[name] = old
+    for name in plan.watched:
+        if committed.get(name) is NO_VALUE:
+            _read_before(plan, connection, state)
+            return
+    if plan.wants_old_values:
+        _read_before_if_unknown(plan, connection, state)
+
+
+def _before_delete(mapper: Mapper[Any], connection: sa.Connection, state: State) -> None:
+    plan = mapper.class_.__dict__.get(PLAN_ATTRIBUTE)
+    if plan is not None:
+        _read_before_if_unknown(plan, connection, state)
+
+
+def _read_before_if_unknown(plan: Plan, connection: sa.Connection, state: State) -> None:
+    if _unknown_before(plan, state):
+        _read_before(plan, connection, state)
+
+
+def _unknown_before(plan: Plan, state: State) -> set[str]:
+    """The needed attributes whose value in the database only the database knows."""
+    row = _as_stored(plan, state)
+    wanted = plan.names if plan.wants_old_values or plan.indirect else plan.watched
+    return {name for name in wanted if state.committed_state.get(name) is NO_VALUE or name not in row} - set(plan.key)
+
+
+def _read_before(plan: Plan, connection: sa.Connection, state: State) -> None:
+    """Read what is unknown of *state*, and in the same statement of all others of its class that are in this flush."""
+    session = _session_of(state)
+    notes = _notes_of(buffers_of(session))
+    if state in notes.known_before and not _unknown_before(plan, state) - notes.known_before[state].keys():
+        return
+    if is_suppressed(plan.mapper.class_):
+        return
+    unknown = {state: _unknown_before(plan, state)}
+    for record in (*session.dirty, *session.deleted):
+        other: State = sa.inspect(record)
+        if other.mapper is state.mapper and other.key is not None and other not in unknown:
+            names = _unknown_before(plan, other)
+            if names:
+                unknown[other] = names
+    wanted = sorted(set().union(*unknown.values()))
+    rows = select_rows(connection, plan.mapper, wanted, plan.key, [each.key[1] for each in unknown if each.key])
+    for each, needed in unknown.items():
+        row = rows.get(_old_key(each), {})
+        notes.known_before.setdefault(each, {}).update({name: row[name] for name in needed if name in row})
+
+
+def _session_of(state: State) -> Session:
+    session = state.session
+    assert session is not None
+    return session
+
+
+def _is_expression(value: Any) -> bool:
+    return isinstance(value, sa.ClauseElement) or hasattr(value, "__clause_element__")
+
+
+# Hooks
+
+
+def install(model: type) -> None:
+    """Listen to all sessions and to the classes below *model*; does nothing when it is done already."""
+    transactions.install()
+    if not event.contains(Session, "after_flush", _after_flush):
+        event.listen(Session, "after_flush", _after_flush)
+        event.listen(model, "before_update", _before_update, raw=True, propagate=True)
+        event.listen(model, "before_delete", _before_delete, raw=True, propagate=True)
+
+
+def remove(model: type) -> None:
+    """Listen no more."""
+    transactions.remove()
+    if event.contains(Session, "after_flush", _after_flush):
+        event.remove(Session, "after_flush", _after_flush)
+        event.remove(model, "before_update", _before_update)
+        event.remove(model, "before_delete", _before_delete)

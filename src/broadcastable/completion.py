@@ -1,0 +1,241 @@
+"""What the flush did not know is read before the commit: one SELECT for each class, whatever the number of rows.
+
+Server-generated columns that the flush did not fetch, columns of expired objects, and the rows on the way from a record
+to a stream several relationships away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Mapper, Session
+
+from .counters import counters
+from .declarations import Hop, PathTarget, Plan, Route
+from .transactions import Change, Changes, Delivery, EntityKey, Level, Unread, coalesce
+from .values import key_text
+
+log = logging.getLogger(__name__)
+
+_PARAMETERS: Final = 30_000
+"""Bound parameters in one statement: below the limits of SQLite (32,766) and PostgreSQL (65,535)."""
+
+NO_STREAM: Final[Changes] = {}
+"""Stands for the stream of a row that has none, such as one without a parent. Never written to."""
+
+
+def changes_at(route: Route, values: Sequence[Any], level: Level, delivery: Delivery) -> Changes:
+    """The changes of the stream where *route* leads for these values of its target's columns, or `NO_STREAM`.
+
+    Raises:
+        InvalidStreamName: The values make no name.
+    """
+    assert not isinstance(route.target, PathTarget)
+    name = route.target.name(values, delivery.settings.gid_app)
+    return NO_STREAM if name is None else level.stream(delivery, name).changes
+
+
+def select_rows(
+    connection: sa.Connection,
+    mapper: Mapper[Any],
+    names: Sequence[str],
+    key: Sequence[str],
+    keys: Iterable[Sequence[Any]],
+) -> dict[str, dict[str, Any]]:
+    """The attributes *names* of the rows with these primary *keys*, by the key's text; absent where the row is gone.
+
+    Through the connection, so that nothing is flushed and no criteria of the application hide a row.
+    """
+    cls = mapper.class_
+    key_columns = [getattr(cls, name) for name in key]
+    condition = key_columns[0] if len(key) == 1 else sa.tuple_(*key_columns)
+    wanted = list(dict.fromkeys((*key, *names)))
+    identities = list({key_text(each): tuple(each) for each in keys}.values())
+    step = _PARAMETERS // len(key)
+    found = {}
+    for start in range(0, len(identities), step):
+        chunk = identities[start : start + step]
+        statement = sa.select(*(getattr(cls, name).label(f"c{index}") for index, name in enumerate(wanted))).where(
+            condition.in_([each[0] for each in chunk] if len(key) == 1 else chunk)
+        )
+        for values in connection.execute(statement):
+            row = dict(zip(wanted, values, strict=True))
+            found[key_text([row[name] for name in key])] = row
+    return found
+
+
+def report_failure(model: str, key: object, route: Route, error: Exception, *, first: bool) -> None:
+    """Count an event that could not be made; log it, the first of its kind in a transaction in full."""
+    counters.increment("events_failed")
+    if first:
+        log.error(
+            "%s %s is stored, but its event for %s could not be made and is not sent (%s: %s)",
+            model,
+            key,
+            route,
+            type(error).__name__,
+            error,
+            exc_info=error,
+        )
+    else:
+        log.debug("%s %s: its event for %s is not sent either (%s)", model, key, route, error)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Unplaced:
+    """A row that changed, of which not even the stream is known yet."""
+
+    route: Route
+    identity: tuple[Any, ...]
+    existed: bool
+    old_value: bytes | None
+
+
+class RowReader:
+    """Reads rows of one class: to fill the `Unread` and to place the `Unplaced`."""
+
+    def __init__(self, plan: Plan, delivery: Delivery, paths: PathReader) -> None:
+        self._plan = plan
+        self._delivery = delivery
+        self._paths = paths
+
+    def read(self, session: Session, level: Level, waiting: list[tuple[Route, Unread] | Unplaced]) -> None:
+        plan = self._plan
+        connection = session.connection(bind_arguments={"mapper": plan.mapper})
+        identities = [each.identity if isinstance(each, Unplaced) else each[1].identity for each in waiting]
+        rows = select_rows(connection, plan.mapper, plan.names, plan.key, identities)
+        failures = 0
+        for each, identity in zip(waiting, identities, strict=True):
+            row = rows.get(key_text(identity))
+            if row is None:
+                continue  # gone again, or hidden from us by the database
+            route = each.route if isinstance(each, Unplaced) else each[0]
+            try:
+                self._complete(session, level, each, row)
+            except Exception as error:
+                report_failure(plan.name, key_text(identity), route, error, first=not failures)
+                failures += 1
+
+    def _complete(
+        self, session: Session, level: Level, item: tuple[Route, Unread] | Unplaced, row: dict[str, Any]
+    ) -> None:
+        route = item.route if isinstance(item, Unplaced) else item[0]
+        encode = route.encoder(keys_as_strings=self._delivery.settings.keys_as_strings, absent_is_null=False)
+        key, body = encode(row)
+        if not isinstance(item, Unplaced):
+            item[1].body = body
+            return
+        values = tuple(row[name] for name in route.target_attributes)
+        change: Change = (item.existed, True, body, item.old_value, route.on)
+        if isinstance(route.target, PathTarget):
+            self._paths.place_or_wait(session, level, Underway(route, values, (route.type, key), change))
+            return
+        changes = changes_at(route, values, level, self._delivery)
+        if changes is not NO_STREAM:
+            coalesce(changes, (route.type, key), change)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Underway:
+    """A change on its way to the stream at the end of a path."""
+
+    route: Route
+    values: tuple[Any, ...]
+    entity: EntityKey
+    change: Change
+
+
+class PathReader:
+    """Follows paths from row to row. What it has found it knows until the transaction ends."""
+
+    def __init__(self, delivery: Delivery) -> None:
+        self._delivery = delivery
+        self._found: dict[Hop, dict[str, tuple[Any, ...] | None]] = {}
+
+    def place_or_wait(self, session: Session, level: Level, underway: Underway) -> None:
+        """Place the change if the session knows all rows on the way; else have them read before the commit."""
+        values = self._walk(session, underway)
+        if values is None:
+            level.wait_for(self, underway)
+        else:
+            self._place(level, underway, values)
+
+    def read(self, session: Session, level: Level, waiting: list[Underway]) -> None:
+        while True:
+            missing: dict[Hop, dict[str, tuple[Any, ...]]] = {}
+            for underway in waiting:
+                gap = self._first_gap(session, underway)
+                if gap is not None:
+                    hop, identity = gap
+                    missing.setdefault(hop, {})[key_text(identity)] = identity
+            if not missing:
+                break
+            for hop, identities in missing.items():
+                self._read_hop(session, hop, identities)
+        failures = 0
+        for underway in waiting:
+            try:
+                values = self._walk(session, underway)
+                assert values is not None
+                self._place(level, underway, values)
+            except Exception as error:
+                report_failure(underway.route.plan.name, underway.entity[1], underway.route, error, first=not failures)
+                failures += 1
+
+    def _read_hop(self, session: Session, hop: Hop, identities: dict[str, tuple[Any, ...]]) -> None:
+        connection = session.connection(bind_arguments={"mapper": hop.mapper})
+        rows = select_rows(connection, hop.mapper, hop.attributes, hop.key, identities.values())
+        found = self._found.setdefault(hop, {})
+        for text in identities:
+            row = rows.get(text)
+            found[text] = None if row is None else tuple(row[name] for name in hop.attributes)
+
+    def _walk(self, session: Session, underway: Underway) -> tuple[Any, ...] | None:
+        """The values at the end of the path: () when it ends in nothing, None when a row on the way is not known."""
+        values: tuple[Any, ...] | None = underway.values
+        target = underway.route.target
+        assert isinstance(target, PathTarget)
+        for hop in target.hops:
+            assert values is not None
+            if any(value is None for value in values):
+                return ()
+            known, values = self._known(session, hop, values)
+            if not known:
+                return None
+            if values is None:
+                return ()
+        return values
+
+    def _first_gap(self, session: Session, underway: Underway) -> tuple[Hop, tuple[Any, ...]] | None:
+        values: tuple[Any, ...] | None = underway.values
+        target = underway.route.target
+        assert isinstance(target, PathTarget)
+        for hop in target.hops:
+            if values is None or any(value is None for value in values):
+                return None
+            identity = values
+            known, values = self._known(session, hop, identity)
+            if not known:
+                return hop, identity
+        return None
+
+    def _known(self, session: Session, hop: Hop, identity: tuple[Any, ...]) -> tuple[bool, tuple[Any, ...] | None]:
+        record = session.identity_map.get(hop.mapper.identity_key_from_primary_key(identity))
+        if record is not None:
+            row = sa.inspect(record).dict
+            if all(name in row for name in hop.attributes):
+                return True, tuple(row[name] for name in hop.attributes)
+        found = self._found.get(hop, {})
+        text = key_text(identity)
+        return text in found, found.get(text)
+
+    def _place(self, level: Level, underway: Underway, values: tuple[Any, ...]) -> None:
+        target = underway.route.target
+        assert isinstance(target, PathTarget)
+        name = target.name(values, self._delivery.settings.gid_app) if values else None
+        if name is not None:
+            coalesce(level.stream(self._delivery, name).changes, underway.entity, underway.change)
