@@ -61,13 +61,14 @@ def declare(
         durable_streams.use_broker(broker)
     for middleware in broker.middleware:
         if isinstance(middleware, DeliveryMiddleware):
-            middleware.serve(durable_streams)
+            fresh = middleware.serve(durable_streams)
             middleware.low_latency = low_latency
             break
     else:
         middleware = DeliveryMiddleware(durable_streams, low_latency=low_latency)
         broker.add_middleware(middleware)
-    if durable_streams is not None:
+        fresh = True
+    if durable_streams is not None and fresh:
         declare_actor(broker, durable_streams, middleware.is_stopping)
 
 

@@ -76,15 +76,28 @@ class DeliveryMiddleware(dramatiq.Middleware):
     """
 
     def __init__(self, durable_streams: Delivering | None = None, *, low_latency: bool | Literal["all"] = True) -> None:
+        self.shutdown_grace = SHUTDOWN_GRACE
         self._served: list[Delivering | None] = [durable_streams]
         self.low_latency = low_latency
         self._sweepers: list[Sweeper] = []
         self._stopping = threading.Event()
 
-    def serve(self, durable_streams: Delivering | None) -> None:
-        """Deliver for *durable_streams* too, from the next boot of a worker on."""
-        if not any(each is durable_streams for each in self._served):
-            self._served.append(durable_streams)
+    def serve(self, durable_streams: Delivering | None) -> bool:
+        """Deliver for *durable_streams* too, from the next boot of a worker on, in place of one of its namespace.
+
+        Returns:
+            False when it was served before.
+        """
+        if any(each is durable_streams for each in self._served):
+            return False
+        if durable_streams is not None:
+            self._served = [
+                each
+                for each in self._served
+                if each is None or each.settings.namespace != durable_streams.settings.namespace
+            ]
+        self._served.append(durable_streams)
+        return True
 
     def is_stopping(self) -> bool:
         """Whether the worker has been asked to shut down."""
@@ -92,8 +105,7 @@ class DeliveryMiddleware(dramatiq.Middleware):
 
     def before_worker_boot(self, broker: dramatiq.Broker, worker: dramatiq.Worker) -> None:
         self._stopping.clear()
-        for each in self._served:
-            durable_streams = each if each is not None else _current()
+        for durable_streams in self._resolved():
             queue = queue_name(durable_streams.settings.namespace)
             declare_actor(broker, durable_streams, self.is_stopping)
             if self.low_latency:
@@ -110,6 +122,10 @@ class DeliveryMiddleware(dramatiq.Middleware):
             self._sweepers.append(sweeper)
             sweeper.start()
 
+    def _resolved(self) -> list[Delivering]:
+        resolved = [each if each is not None else _current() for each in self._served]
+        return list({id(each): each for each in resolved}.values())
+
     def before_worker_shutdown(self, broker: dramatiq.Broker, worker: dramatiq.Worker) -> None:
         self._stopping.set()
         for sweeper in self._sweepers:
@@ -117,11 +133,11 @@ class DeliveryMiddleware(dramatiq.Middleware):
 
     def after_worker_shutdown(self, broker: dramatiq.Broker, worker: dramatiq.Worker) -> None:
         while self._sweepers:
-            if not self._sweepers.pop().join(SHUTDOWN_GRACE):
+            if not self._sweepers.pop().join(self.shutdown_grace):
                 log.warning(
-                    "A sweeper was still at work %.0f s after the shutdown; what it had claimed is "
-                    "delivered by another worker once its lease has run out",
-                    SHUTDOWN_GRACE,
+                    "A sweeper was still at work %.0f s after the shutdown. What it had claimed is delivered "
+                    "by another worker once its lease has run out",
+                    self.shutdown_grace,
                 )
 
 
@@ -132,9 +148,9 @@ def _current() -> Delivering:
 
 
 def declare_actor(broker: dramatiq.Broker, durable_streams: Delivering, is_stopping: Callable[[], bool]) -> None:
+    """Declare the actor of *durable_streams* on *broker*, in place of one of its namespace."""
     name = actor_name(durable_streams.settings.namespace)
-    if name in broker.actors:
-        return
+    broker.actors.pop(name, None)  # Dramatiq refuses a second actor of a name
 
     def deliver(streams: list[str]) -> None:
         deliver_streams(streams, durable_streams, broker, is_stopping)

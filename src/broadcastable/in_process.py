@@ -55,6 +55,7 @@ class InProcessWorker:
         self._lock = threading.Lock()
         self._broker: StubBroker | None = None
         self._worker: dramatiq.Worker | None = None
+        self._middleware = DeliveryMiddleware(self._durable_streams)
 
     @property
     def broker(self) -> StubBroker:
@@ -65,7 +66,7 @@ class InProcessWorker:
             return self._broker
 
     def _start(self) -> tuple[StubBroker, dramatiq.Worker]:
-        broker = StubBroker(middleware=[DeliveryMiddleware(self._durable_streams)])
+        broker = StubBroker(middleware=[self._middleware])
         worker = dramatiq.Worker(broker, worker_threads=self._threads, worker_timeout=_IDLE_MILLISECONDS)
         worker.start()
         atexit.register(self._exit)
@@ -107,6 +108,7 @@ class InProcessWorker:
         if worker is None:
             return
         atexit.unregister(self._exit)
+        self._middleware.shutdown_grace = timeout
         worker.stop(timeout=int(timeout * 1000))
 
     def _exit(self) -> None:

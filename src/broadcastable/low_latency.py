@@ -90,25 +90,35 @@ def _is_refused(error: redis.ResponseError) -> bool:
 
 
 class _BlockingConsume:
-    """Stands in for `broker.consume`."""
+    """Stands in for `broker.consume`, until it steps aside for good."""
 
     def __init__(self, broker: RedisBroker, queues: Collection[str] | None) -> None:
         self._broker = broker
         self._stock = broker.consume
         self._queues = None if queues is None else set(queues)
+        self._lock = threading.Lock()
+        self.is_aside = False
 
     def add(self, queues: Collection[str] | None) -> None:
         self._queues = None if queues is None or self._queues is None else self._queues | set(queues)
 
     def __call__(self, queue_name: str, prefetch: int = 1, timeout: int = 5000) -> Consumer:
         stock = self._stock(queue_name, prefetch, timeout)
-        if self._queues is not None and q_name(queue_name) not in self._queues:
+        if self.is_aside or (self._queues is not None and q_name(queue_name) not in self._queues):
             return stock
         missing = [part for part in _CONSUMER_PARTS if not hasattr(stock, part)]
         if missing:
-            _warn(f"its consumer has no {', '.join(missing)}")
+            self.step_aside(f"its consumer has no {', '.join(missing)}")
             return stock
-        return BlockingConsumer(stock, self._broker)
+        return BlockingConsumer(stock, self._broker, self)
+
+    def step_aside(self, reason: str) -> None:
+        """Leave this broker's queues to the stock consumer from now on."""
+        with self._lock:
+            if self.is_aside:
+                return
+            self.is_aside = True
+        _warn(reason)
 
 
 def _blocking_client(client: redis.Redis) -> redis.Redis:
@@ -125,9 +135,10 @@ def _blocking_client(client: redis.Redis) -> redis.Redis:
 class BlockingConsumer(Consumer):
     """Wraps the stock *stock* consumer of one queue. Like that, it belongs to one thread but for `ack` and `nack`."""
 
-    def __init__(self, stock: Any, broker: RedisBroker) -> None:
+    def __init__(self, stock: Any, broker: RedisBroker, consume: _BlockingConsume) -> None:
         self._stock = stock
         self._broker = broker
+        self._consume = consume
         self._client = _blocking_client(broker.client)
         self._key = f"{broker.namespace}:{stock.queue_name}"
         self._longest_wait = stock.timeout / 1000
@@ -142,11 +153,10 @@ class BlockingConsumer(Consumer):
         self._etas: list[tuple[int, str]] = []
         self._delayed: set[str] = set()
         self._dry = False
-        self._aside = False
 
     def __next__(self) -> MessageProxy | None:
         try:
-            if not self._aside and not self._stock.message_cache and not self._filled():
+            if not self._consume.is_aside and not self._stock.message_cache and not self._filled():
                 return None
             return self._remember_eta(next(self._stock))
         except redis.TimeoutError as error:
@@ -160,8 +170,7 @@ class BlockingConsumer(Consumer):
         except redis.ConnectionError as error:
             raise _lost(error) from None
         except (_NotHere, AttributeError, TypeError) as error:
-            _warn(str(error))
-            self._aside = True
+            self._consume.step_aside(str(error))
             return True
 
     def _wait_and_fetch(self) -> bool:

@@ -149,3 +149,16 @@ def test_drain_waits_for_workers_elsewhere(
 
 def test_its_names_are_there() -> None:
     assert all(hasattr(broadcastable.actors, name) for name in broadcastable.actors.__all__)
+
+
+def test_later_streams_of_a_namespace_take_the_place_of_earlier_ones(
+    make_served: Callable[..., Served], stub_broker: StubBroker, start_worker: Callable[..., dramatiq.Worker]
+) -> None:
+    """An application factory may be called more than once in a process."""
+    first, second = make_served(), make_served()
+    declare(stub_broker, first)
+    declare(stub_broker, second)
+    start_worker(stub_broker)
+    second.commit("a")
+    wait_until(lambda: second.relay.events["a"] == 1)
+    assert not first.relay.events
