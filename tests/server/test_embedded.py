@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -288,17 +289,20 @@ def test_keys_rotate_under_a_hundred_live_readers_and_no_event_is_lost_or_repeat
             tokens += 1
             return signer[0].encode({"stream": STREAM, "permissions": ["read"]}, 2)
 
-        # Below the five seconds after which uvicorn drops an idle connection, perhaps under a request.
-        limits = httpx.Limits(max_connections=None, keepalive_expiry=2)
-        async with httpx.AsyncClient(timeout=30, limits=limits) as http:
+        # Idle for less than the five seconds after which uvicorn hangs up. One client for each reader: a pool of a
+        # hundred connections takes its time to find one.
+        options = {"timeout": 30, "verify": ssl.create_default_context(), "limits": httpx.Limits(keepalive_expiry=2)}
 
-            async def read() -> list[int]:
-                got: list[int] = []
+        async def read() -> list[int]:
+            got: list[int] = []
+            async with httpx.AsyncClient(**options) as http:
                 async for event, _ in tail(http, f"{server.url}/{STREAM}", fresh):
                     got.append(event)
                     if event == total - 1:
                         return got
-                raise AssertionError("a tail has no end")
+            raise AssertionError("a tail has no end")
+
+        async with httpx.AsyncClient(**options) as http:
 
             async def write() -> None:
                 steps = {10: announced, 25: by_new, 45: only_new}
