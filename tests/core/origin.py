@@ -73,7 +73,10 @@ class Origin:
         if start > len(found.events):
             return httpx.Response(400)
         return httpx.Response(
-            200, json=found.events[start:], headers=self._headers(found) | {"Stream-Up-To-Date": "true"}
+            200,
+            # Not by `json=`, whose separators differ between versions of httpx.
+            content=json.dumps(found.events[start:], separators=(",", ":")),
+            headers=self._headers(found) | {"Stream-Up-To-Date": "true"},
         )
 
     def _append(self, request: httpx.Request, log: Log) -> httpx.Response:
