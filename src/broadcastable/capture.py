@@ -23,7 +23,7 @@ from sqlalchemy.orm import InstanceState, Mapper, Session, UOWTransaction
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.orm.base import NO_VALUE
 
-from . import transactions
+from . import transactions, unsent
 from .completion import NO_STREAM, PathReader, RowReader, Underway, Unplaced, changes_at, report_failure, select_rows
 from .declarations import PLAN_ATTRIBUTE, PathTarget, Plan, RecordTarget, Route
 from .events import encode_json
@@ -114,6 +114,8 @@ class _Flushed:
                 changed = self._changed(state)
                 if changed:
                     self.updated.append((state, changed))
+                elif unsent.listeners:
+                    unsent.note(unsent.Reason.UNCHANGED, model=plan.name)
         self.inserted.sort(key=_by_insert_order)
         if maybe_replaced:
             # A deleted row and a new one with its key became one UPDATE: SQLAlchemy takes the delete off the plan.
@@ -309,6 +311,8 @@ class _Flush:
         record = state.obj()
         handle, entity = place or self._place(route, record, state.dict)
         if handle is _NOWHERE:
+            if unsent.listeners:
+                unsent.note(unsent.Reason.UNWANTED, model=route.plan.name)
             return None
         row = _as_stored(route.plan, state)
         if route.value_of is not None:

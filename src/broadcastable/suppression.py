@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from . import unsent
+
 _suppressed: ContextVar[tuple[type, ...]] = ContextVar("broadcastable_suppressed", default=())
 
 
@@ -24,6 +26,10 @@ def suppressing_streams(model: type = object) -> Iterator[None]:
 
 
 def is_suppressed(model: type) -> bool:
-    """Whether *model* broadcasts nothing here and now."""
+    """Whether *model* broadcasts nothing here and now. To be asked when something would be: `unsent` is told if not."""
     suppressed = _suppressed.get()
-    return bool(suppressed) and issubclass(model, suppressed)
+    if not suppressed or not issubclass(model, suppressed):
+        return False
+    if unsent.listeners:
+        unsent.note(unsent.Reason.SUPPRESSED, model=model.__name__)
+    return True

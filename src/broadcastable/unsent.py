@@ -20,7 +20,7 @@ class Reason(StrEnum):
     CLOSED = "its session was closed without commit"
     SUPPRESSED = "inside suppressing_streams()"
     UNCHANGED = "the update changed no column"
-    UNWANTED = "when= was false"
+    UNWANTED = "when= was false, or its target named no stream"
 
 
 @dataclass(frozen=True, slots=True)
