@@ -86,7 +86,7 @@ def wakeups_for(durable_streams: Delivering, broker: dramatiq.Broker | None = No
 
 
 def _is_default(durable_streams: Delivering) -> bool:
-    from .streams import is_default  # stands on this module
+    from .durable_streams import is_default  # stands on this module
 
     return is_default(durable_streams)
 

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from .streams import AsyncDurableStreams, current_async
+from .durable_streams import AsyncDurableStreams, current_async
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -35,7 +35,7 @@ def changes_at(route: Route, values: Sequence[Any], level: Level, delivery: Deli
         InvalidStreamName: The values make no name.
     """
     assert not isinstance(route.target, PathTarget)
-    name = route.target.name(values, delivery.settings.gid_app)
+    name = route.stream_name(values, delivery.settings.gid_app)
     return NO_STREAM if name is None else level.stream(delivery, name).changes
 
 

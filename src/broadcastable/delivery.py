@@ -142,7 +142,7 @@ class DeliveryMiddleware(dramatiq.Middleware):
 
 
 def _current() -> Delivering:
-    from .streams import current  # stands on this module
+    from .durable_streams import current  # stands on this module
 
     return current()
 

@@ -23,7 +23,7 @@ from .suppression import is_suppressed, suppressing_streams
 from .values import key_text, row_attributes, row_reader, to_json_value
 
 if TYPE_CHECKING:
-    from .streams import DurableStreams
+    from .durable_streams import DurableStreams
 
 BulkPolicy = Literal["warn", "raise", "ignore", "capture"]
 
@@ -185,7 +185,7 @@ class Broadcastable:
 
 
 def _durable_streams(record: Any) -> DurableStreams:
-    from .streams import current, durable_streams_for  # the verbs are called long after all modules are there
+    from .durable_streams import current, durable_streams_for  # the verbs are called long after all modules are there
 
     state: InstanceState[Any] = sa.inspect(record)
     return current() if state.session is None else durable_streams_for(state.session)

@@ -14,10 +14,13 @@ from typing import Any
 
 import msgspec
 import sqlalchemy as sa
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstanceState, Session
 
+from .declarations import PathTarget, RecordTarget, Route, plan_for, stream_type
 from .errors import StaleSnapshotError, UsageError
-from .events import encode_json
+from .events import ChangeEvent, Operation, encode_json, new_txid, utc_timestamp
+from .settings import Settings
+from .values import key_text, row_attributes, row_reader
 
 CHUNK_ROWS = 1_000
 """Rows held in memory at a time while a snapshot is streamed."""
@@ -69,6 +72,54 @@ def stream_events(session: Session, statement: sa.Select[Any], encode: EncodeRow
             for record in partition:
                 session.expunge(record)
             yield chunk
+
+
+def row_encoder(stream: str, settings: Settings) -> EncodeRow:
+    """From a loaded record to its insert event as *stream* has it: with the type, key and value of that declaration.
+
+    A class that does not declare the stream is sent as it would be by default.
+    """
+    txid, timestamp = new_txid(), utc_timestamp()
+
+    def encode(record: Any) -> bytes:
+        state: InstanceState[Any] = sa.inspect(record)
+        route = _route_to(stream, state, record, settings.gid_app)
+        if route is not None and route.key_of is not None:
+            key = key_text((route.key_of(record),))
+        else:
+            key = key_text(state.mapper.primary_key_from_instance(record))
+        if route is not None and route.value_of is not None:
+            value = route.value_of(record, state.dict, settings.keys_as_strings)
+        elif route is not None:
+            value = route.plan.reader(keys_as_strings=settings.keys_as_strings)(state.dict)
+        else:
+            attributes = row_attributes(state.mapper)
+            value = row_reader(attributes, keys_as_strings=settings.keys_as_strings)(state.dict)
+        return ChangeEvent(
+            type=route.type if route is not None else stream_type(type(record)),
+            key=key,
+            operation=Operation.INSERT,
+            value=value,
+            txid=txid,
+            timestamp=timestamp,
+        ).encode()
+
+    return encode
+
+
+def _route_to(stream: str, state: InstanceState[Any], record: Any, app: str) -> Route | None:
+    plan = plan_for(state.mapper)
+    maybe: Route | None = None
+    for route in plan.routes if plan is not None else ():
+        if isinstance(route.target, PathTarget):
+            # Its name would cost a query; it serves when no other declaration names the stream.
+            maybe = maybe or route
+        elif isinstance(route.target, RecordTarget):
+            if route.target.name(record, app) == stream:
+                return route
+        elif route.target.name([state.dict.get(name) for name in route.target_attributes], app) == stream:
+            return route
+    return maybe
 
 
 class _Reading:

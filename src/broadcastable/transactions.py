@@ -8,9 +8,12 @@ savepoints too; only the root's counts here. Nothing in this module raises out o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+import os
+import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import sqlalchemy as sa
@@ -24,6 +27,7 @@ from .errors import ConfigurationError, UsageError
 from .events import TXID_MARKER_TYPE, Batch, ChangeEvent, Operation, encode_json, new_txid, utc_timestamp
 from .names import Streamable, stream_name_from
 from .settings import Settings
+from .tracing import current_trace
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -161,6 +165,9 @@ class StreamChanges:
 
     def events(self, stamp: _Stamp) -> tuple[bytes, ...]:
         """Everything as JSON, in order."""
+        if not self._closed:
+            captured = stamp.captured
+            return tuple([each for item in self.changes.items() if (each := captured(item)) is not None])
         events = []
         marker = None
         for item in self:
@@ -182,13 +189,11 @@ class _Stamp:
     """Ends the events of one transaction: operation, txid, timestamp."""
 
     def __init__(self, txid: str) -> None:
-        rest = b',"txid":' + encode_json(txid) + b',"timestamp":' + encode_json(utc_timestamp()) + b"}}"
+        rest = b',"txid":' + encode_json(txid) + b',"timestamp":"' + utc_timestamp().encode() + b'"}}'
         self._rest = rest
-        self._tails = {
-            operation: b',"headers":{"operation":' + encode_json(operation.value) + rest for operation in Operation
-        }
-        self._insert = self._tails[Operation.INSERT]
-        self._update = self._tails[Operation.UPDATE]
+        self._insert = b',"headers":{"operation":"insert"' + rest
+        self._update = b',"headers":{"operation":"update"' + rest
+        self._delete = b',"headers":{"operation":"delete"' + rest
 
     def captured(self, item: tuple[EntityKey, Change]) -> bytes | None:
         (type_, key), (existed, exists, body, old_value, on) = item
@@ -207,7 +212,7 @@ class _Stamp:
         head = b'{"type":' + encode_json(type_) + b',"key":' + encode_json(key)
         if old_value is not None:
             head += b',"old_value":' + old_value
-        return head + self._tails[Operation.DELETE]
+        return head + self._delete
 
     def explicit(self, explicit: _Explicit) -> bytes:
         # The headers come last and hold the operation alone: the two braces give way to the rest.
@@ -266,11 +271,16 @@ class Level:
         """Remove what waits here, as batches for each delivery; only for those that are *transactional*, or not."""
         self.lookups.clear()
         stamp = _Stamp(txid)
+        common = {"txid": txid, "trace": current_trace(), "created_at": time.time_ns() // 1_000_000}
+        unique = os.urandom(16).hex()
         for key, (delivery, streams) in list(self._deliveries.items()):
             if transactional is None or delivery.transactional is transactional:
                 del self._deliveries[key]
-                made = ((name, changes.events(stamp)) for name, changes in streams.items())
-                batches = [Batch(stream=name, events=events, txid=txid) for name, events in made if events]
+                batches = []
+                for name, changes in streams.items():
+                    events = changes.events(stamp)
+                    if events:
+                        batches.append(Batch(stream=name, events=events, id=f"{unique}{len(batches):x}", **common))
                 if batches:
                     yield delivery, batches
 
@@ -316,9 +326,7 @@ class Buffers:
     def delivery_for(self, session: Session) -> Delivery:
         """The delivery of the session's captured changes, the same for the whole transaction."""
         if self.delivery is None:
-            from .streams import durable_streams_for  # stands on this module
-
-            self.delivery = durable_streams_for(session)
+            self.delivery = _durable_streams_for()(session)
         return self.delivery
 
     def level(self, session: Session) -> Level:
@@ -352,9 +360,9 @@ class Buffers:
         for level in self.levels.values():
             level.read_all(session)
             deliveries = level.deliveries()
-            if any(each.settings.txid_from == "postgres" for each in deliveries):
+            if [each for each in deliveries if each.settings.txid_from == "postgres"]:
                 txid(session)  # asks the database, which the commit is too late for
-            if any(each.transactional for each in deliveries):
+            if [each for each in deliveries if each.transactional]:
                 connection = session.connection(bind_arguments={"mapper": level.mapper} if level.mapper else None)
                 for delivery, batches in level.take_batches(txid(session), transactional=True):
                     delivery.stage(connection, batches)
@@ -446,6 +454,13 @@ def waiting(session: Session) -> Counter[str]:
     buffers: Buffers | None = session.info.get(_BUFFERS_KEY)
     levels = buffers.levels.values() if buffers is not None else ()
     return sum((level.waiting() for level in levels), Counter())
+
+
+@functools.cache
+def _durable_streams_for() -> Callable[[Session], Delivery]:
+    from .durable_streams import durable_streams_for  # stands on this module
+
+    return durable_streams_for
 
 
 def buffers_of(session: Session) -> Buffers:

@@ -1,6 +1,6 @@
 """The verbs as functions, on the configured default: `broadcastable.broadcast_event_to(...)`.
 
-Each is the method of `DurableStreams` of the same name, called on `streams.current()` at the time of the call.
+Each is the method of `DurableStreams` of the same name, called on `durable_streams.current()` at the time of the call.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable
 from typing import Concatenate, ParamSpec, TypeVar
 
-from .streams import DurableStreams, current
+from .durable_streams import DurableStreams, current
 
 P = ParamSpec("P")
 T = TypeVar("T")

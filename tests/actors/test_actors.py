@@ -14,7 +14,7 @@ from dramatiq.brokers.stub import StubBroker
 import broadcastable.actors
 from broadcastable.actors import DeliveryMiddleware, declare, declared_broker, wakeups_for
 from broadcastable.errors import ConfigurationError
-from broadcastable.streams import DurableStreams, current
+from broadcastable.durable_streams import DurableStreams, current
 from tests.actors.served import Served
 from tests.services import wait_until
 
@@ -85,7 +85,7 @@ def test_the_default_streams_are_delivered_through_the_declared_broker(
 ) -> None:
     """Also when they were there before the declaration."""
     monkeypatch.setattr("broadcastable.settings._default", None)
-    monkeypatch.setattr("broadcastable.streams._instances", {})
+    monkeypatch.setattr("broadcastable.durable_streams._instances", {})
     monkeypatch.setenv("BROADCASTABLE_SIGNING_KEY", signing_key)
     streams = current()
     streams.wakeups.wake([])

@@ -21,7 +21,7 @@ from dramatiq.brokers.redis import RedisBroker
 from broadcastable.errors import ConfigurationError
 from broadcastable.server import embedded_server
 from broadcastable.settings import Settings
-from broadcastable.streams import DurableStreams
+from broadcastable.durable_streams import DurableStreams
 from tests.services import free_port, wait_until
 
 

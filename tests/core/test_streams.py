@@ -25,7 +25,7 @@ from broadcastable.errors import (
 )
 from broadcastable.server.embedded import EmbeddedServer, embedded_server
 from broadcastable.settings import Settings, override
-from broadcastable.streams import AsyncDurableStreams, DurableStreams, current
+from broadcastable.durable_streams import AsyncDurableStreams, DurableStreams, current
 from tests import services
 
 

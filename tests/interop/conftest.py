@@ -16,6 +16,7 @@ from broadcastable.names import stream_path
 from broadcastable.server.embedded import EmbeddedServer, embedded_server
 from broadcastable.settings import Settings
 from broadcastable.tokens import Gatekeeper
+from tests.interop.application import Application
 from tests.interop.node import NodeProcess
 
 
@@ -197,3 +198,18 @@ def writer(server: Server) -> Iterator[Writer]:
     writer = Writer(server)
     yield writer
     writer.close()
+
+
+@pytest.fixture
+def open_application(sqlite_url: str) -> Iterator[Callable[..., Application]]:
+    """Opens the application on a server; keywords are settings, and `database_url` another database."""
+    applications: list[Application] = []
+
+    def open_(server: Server, *, database_url: str = sqlite_url, **settings: Any) -> Application:
+        application = Application(database_url, server.settings.replace(**settings))
+        applications.append(application)
+        return application
+
+    yield open_
+    for application in applications:
+        application.close()

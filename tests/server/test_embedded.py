@@ -28,6 +28,7 @@ from broadcastable.settings import Settings, override
 from broadcastable.tokens import Gatekeeper, KeyPair, generate_key_pair
 from tests.server.attacks import STREAM, Attack, attacks, token
 from tests.server.reading import tail
+from tests.server.serving import served
 
 KEYS = generate_key_pair()
 
@@ -549,22 +550,13 @@ def test_without_the_extra_the_error_says_how_to_install_it() -> None:
 
 
 def test_it_mounts_in_an_application_of_fastapi() -> None:
-    import uvicorn
     from fastapi import FastAPI
 
     application = FastAPI()
     application.mount("/v1/streams", create_app(Settings(signing_key=KEYS.private_pem)))
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    running = uvicorn.Server(uvicorn.Config(application, log_level="warning", ws="none"))
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
-    thread.start()
-    until(lambda: running.started, "the application to start")
-    url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/streams/{STREAM}"
-    owner = {"Authorization": f"Bearer {token(KEYS, server=True)}", "Content-Type": "application/json"}
-    assert httpx.put(url, headers=owner).status_code == 201
-    assert httpx.post(url, headers=owner, content=b"[1]").status_code == 204
-    assert httpx.get(url, params={"token": token(KEYS)}).json() == [1]
-    running.should_exit = True
-    thread.join()
-    listening.close()
+    with served(application) as base:
+        url = f"{base}/v1/streams/{STREAM}"
+        owner = {"Authorization": f"Bearer {token(KEYS, server=True)}", "Content-Type": "application/json"}
+        assert httpx.put(url, headers=owner).status_code == 201
+        assert httpx.post(url, headers=owner, content=b"[1]").status_code == 204
+        assert httpx.get(url, params={"token": token(KEYS)}).json() == [1]

@@ -7,7 +7,7 @@ import pytest
 
 from broadcastable.server.embedded import embedded_server
 from broadcastable.settings import Settings
-from broadcastable.streams import DurableStreams
+from broadcastable.durable_streams import DurableStreams
 
 
 def read_live(durable_streams: DurableStreams, wanted: str) -> None:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -33,7 +33,7 @@ from broadcastable.settings import Settings
 
 from . import BatchMark, Frame, FrameId, PendingStream
 from .framing import Limits, events_that_fit, new_lease
-from .schema import OutboxTables, now_ms, tables
+from .schema import ExactText, OutboxTables, now_ms, tables
 
 __all__ = ["DatabaseOutbox", "OutboxTables", "sync_url", "tables"]
 
@@ -169,6 +169,12 @@ class DatabaseOutbox:
         for some in _statements(rows):
             if len(some) == 1:
                 connection.execute(statement.inline(), some[0])
+            elif connection.dialect.name == "postgresql":
+                # Arrays: a tenth of the work of a thousand VALUES for the driver, and one text for any number of rows.
+                names = tuple(some[0])
+                connection.execute(
+                    self._insert_arrays(names), {f"{name}_array": [row[name] for row in some] for name in names}
+                )
             elif connection.dialect.insert_executemany_returning:
                 # With RETURNING SQLAlchemy sends all rows in one statement, from a cached text.
                 connection.execute(
@@ -178,6 +184,15 @@ class DatabaseOutbox:
                 )
             else:
                 connection.execute(statement.values(some))
+
+    def _insert_arrays(self, names: tuple[str, ...]) -> sa.Insert:
+        rows = self._batches.c
+        arrays = [sa.bindparam(f"{name}_array", type_=postgresql.ARRAY(_plain(rows[name].type))) for name in names]
+        columns = [sa.column(name, rows[name].type) for name in names]
+        given = sa.func.unnest(*arrays).table_valued(*columns, with_ordinality="number", name="given")
+        given = given.render_derived()
+        ordered = sa.select(*(given.c[name] for name in names), sa.literal(0), now_ms()).order_by(given.c.number)
+        return sa.insert(self._batches).from_select([*names, "frame", "put_at"], ordered, include_defaults=False)
 
     # Relaying
 
@@ -195,7 +210,7 @@ class DatabaseOutbox:
                 return None
             begun, count = state.count > 0, state.count
             rows = self._frozen_rows(connection, state) if begun else self._free_rows(connection, state)
-            if sum(row.events for row in rows) - state.skip < count:
+            if sum(len(row.lengths) for row in rows) - state.skip < count:
                 state, rows = self._begin_anew(connection, state)
                 begun = False
             if not rows:
@@ -408,9 +423,9 @@ class DatabaseOutbox:
         rows = self._batches.c
         # What is larger than a frame is read in slices, once it is known which.
         payload = sa.case((rows.size <= self._limits.max_bytes, rows.payload), else_=None)
-        return [rows.id, rows.events, rows.created_at, rows.about, payload.label("payload")]
+        return [rows.id, rows.created_at, rows.about, payload.label("payload")]
 
-    def _free_rows(self, connection: sa.Connection, state: Any) -> list[Any]:
+    def _free_rows(self, connection: sa.Connection, state: Any) -> list[_Stored]:
         """Rows for a new frame: the one that was begun, then free ones by id, up to the first that is too much."""
         rows = self._batches.c
         head = sa.select(*self._columns()).where(rows.id == state.head_id)
@@ -429,33 +444,42 @@ class DatabaseOutbox:
             .where(summed.c.before < self._limits.max_bytes)
             .order_by(rows.id)
         )
-        return [*([] if state.head_id is None else connection.execute(head)), *found]
+        return _stored([*([] if state.head_id is None else connection.execute(head)), *found])
 
-    def _frozen_rows(self, connection: sa.Connection, state: Any) -> list[Any]:
+    def _frozen_rows(self, connection: sa.Connection, state: Any) -> list[_Stored]:
         """Rows of the frozen frame, in its order."""
         rows = self._batches.c
         found = connection.execute(
             sa.select(*self._columns()).where(rows.stream == state.stream, rows.frame == state.frame).order_by(rows.id)
         ).all()
         # What was begun goes first, also before a lower id that was committed later.
-        return sorted(found, key=lambda row: row.id != state.head_id)
+        return sorted(_stored(found), key=lambda row: row.id != state.head_id)
 
-    def _freeze(self, connection: sa.Connection, state: Any, rows: list[Any]) -> dict[str, Any]:
+    def _freeze(self, connection: sa.Connection, state: Any, rows: list[_Stored]) -> dict[str, Any]:
         """Mark the rows that fit a frame, drop the others from *rows*, and return what the stream's row must say."""
-        count = events_that_fit((_lengths(row) for row in rows), state.skip, self._limits)
-        taken, rest_id, rest = _split([(row.id, row.events) for row in rows], state.skip, count)
+        count = events_that_fit((row.lengths for row in rows), state.skip, self._limits)
+        taken, rest_id, rest = _split([(row.id, len(row.lengths)) for row in rows], state.skip, count)
         del rows[len(taken) :]
         frame = state.frame + 1
         for ids in _chunks(taken):
-            connection.execute(sa.update(self._batches).where(self._batches.c.id.in_(ids)).values(frame=frame))
+            self._mark(connection, ids, frame)
         return {"frame": frame, "count": count, "rest_id": rest_id, "rest": rest}
+
+    def _mark(self, connection: sa.Connection, ids: Sequence[int], frame: int) -> None:
+        column = self._batches.c.id
+        if connection.dialect.name == "postgresql":
+            # One array: a thousand parameters take the driver longer than the server takes for the update.
+            among = column == sa.any_(sa.bindparam("ids", ids, type_=postgresql.ARRAY(sa.BigInteger)))
+        else:
+            among = column.in_(ids)
+        connection.execute(sa.update(self._batches).where(among).values(frame=frame))
 
     def _free(self, connection: sa.Connection, stream: str) -> None:
         """Rows marked by a state that is gone."""
         rows = self._batches.c
         connection.execute(sa.update(self._batches).where(rows.stream == stream, rows.frame != 0).values(frame=0))
 
-    def _begin_anew(self, connection: sa.Connection, state: Any) -> tuple[Any, list[Any]]:
+    def _begin_anew(self, connection: sa.Connection, state: Any) -> tuple[Any, list[_Stored]]:
         """Somebody deleted rows that were being sent. What is left goes out under a new epoch."""
         changes: dict[str, Any] = {"epoch": max(state.now, state.epoch + 1), "seq": 0}
         changes |= dict.fromkeys(("count", "skip", "rest"), 0) | dict.fromkeys(("head_id", "rest_id"))
@@ -475,27 +499,25 @@ class DatabaseOutbox:
         ordered = [(row.id, row.events) for row in sorted(found, key=lambda row: row.id != state.head_id)]
         taken, rest_id, rest = _split(ordered, state.skip, count)
         for ids in _chunks([row_id for row_id, _ in ordered[len(taken) :]]):
-            connection.execute(sa.update(self._batches).where(rows.id.in_(ids)).values(frame=0))
+            self._mark(connection, ids, 0)
         return rest_id, rest
 
     def _frame(
-        self, connection: sa.Connection, state: Any, rows: Iterable[Any], count: int, *, begun: bool, lease: str
+        self, connection: sa.Connection, state: Any, rows: Iterable[_Stored], count: int, *, begun: bool, lease: str
     ) -> Frame:
         events: list[bytes] = []
         marks: list[BatchMark] = []
         skip = state.skip
         for row in rows:
-            about = _about(row)
-            lengths = about.lengths()
-            wanted = lengths[skip : skip + count - len(events)]
-            at = sum(lengths[:skip])
+            wanted = row.lengths[skip : skip + count - len(events)]
+            at = sum(row.lengths[:skip])
             payload = row.payload
             if payload is None:
                 payload, at = self._slice(connection, row.id, at, sum(wanted)), 0
             for length in wanted:
-                events.append(bytes(payload[at : at + length]))
+                events.append(payload[at : at + length])
                 at += length
-            marks.append(BatchMark(about.id, about.txid, len(wanted), row.created_at, about.trace))
+            marks.append(BatchMark(row.about.id, row.about.txid, len(wanted), row.created_at, row.about.trace))
             skip = 0
         frame_id = FrameId(self._producer_id, state.epoch, state.seq)
         return Frame(state.stream, frame_id, tuple(events), tuple(marks), state.anchor, begun, lease)
@@ -657,6 +679,10 @@ def _insert_unless_there(dialect: str, table: sa.Table) -> Any:
     return mysql.insert(table).on_duplicate_key_update(stream=table.c.stream)
 
 
+def _plain(column_type: sa.types.TypeEngine[Any]) -> sa.types.TypeEngine[Any]:
+    return sa.String() if isinstance(column_type, ExactText) else column_type
+
+
 # A batch as a row
 
 
@@ -666,8 +692,16 @@ class _About(msgspec.Struct, array_like=True):
     trace: str | None
     packed_lengths: bytes
 
-    def lengths(self) -> tuple[int, ...]:
-        return struct.unpack(f">{len(self.packed_lengths) // 4}I", self.packed_lengths)
+
+@dataclass(slots=True)
+class _Stored:
+    """A row as it is read: `payload` is None when it is too large to be read whole."""
+
+    id: int
+    created_at: int
+    about: _About
+    lengths: tuple[int, ...]
+    payload: bytes | None
 
 
 def _row(batch: Batch) -> dict[str, Any]:
@@ -683,12 +717,16 @@ def _row(batch: Batch) -> dict[str, Any]:
     }
 
 
-def _about(row: Any) -> _About:
-    return msgspec.msgpack.decode(row.about, type=_About)
+_read_about = msgspec.msgpack.Decoder(_About).decode
 
 
-def _lengths(row: Any) -> tuple[int, ...]:
-    return _about(row).lengths()
+def _stored(rows: Iterable[Any]) -> list[_Stored]:
+    stored: list[_Stored] = []
+    for row_id, created_at, packed, payload in rows:
+        about = _read_about(packed)
+        lengths = struct.unpack(f">{len(about.packed_lengths) // 4}I", about.packed_lengths)
+        stored.append(_Stored(row_id, created_at, about, lengths, None if payload is None else bytes(payload)))
+    return stored
 
 
 def _put_id(batch: Batch) -> str:

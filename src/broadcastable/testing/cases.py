@@ -5,7 +5,7 @@ from __future__ import annotations
 import unittest
 from typing import TYPE_CHECKING
 
-from broadcastable.streams import DurableStreams
+from broadcastable.durable_streams import DurableStreams
 
 from .asserting import assert_broadcasts, assert_no_broadcasts, capture_broadcasts
 from .isolation import isolated_durable_streams

@@ -12,7 +12,7 @@ from typing import Any
 from broadcastable.errors import UsageError
 from broadcastable.events import pinning
 from broadcastable.settings import current_settings, pinned
-from broadcastable.streams import DurableStreams, current, discard
+from broadcastable.durable_streams import DurableStreams, current, discard
 from broadcastable.tokens import generate_key_pair
 
 from .memory import MemoryStreams

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from broadcastable.client import stand_ins
 from broadcastable.events import Batch
 from broadcastable.names import Streamable
-from broadcastable.streams import DurableStreams, current, intercepting
+from broadcastable.durable_streams import DurableStreams, current, intercepting
 from broadcastable.transactions import waiting
 from broadcastable.unsent import Reason, Unsent, listening
 

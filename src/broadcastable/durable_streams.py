@@ -535,7 +535,7 @@ class DurableStreams(_Verbs):
         )
         self._wait_for_outbox(name, seconds(wait))
         offset = self.stream_offset(name)
-        events = snapshots.read_events(session, statement, self._row_encoder(name))
+        events = snapshots.read_events(session, statement, snapshots.row_encoder(name, self.settings))
         return Snapshot(offset=offset, events=events, url=url, token=token)
 
     def stream_snapshot(
@@ -558,7 +558,7 @@ class DurableStreams(_Verbs):
         head = encode_json({"offset": self.stream_offset(name), "url": url, "token": token})
         yield head[:-1] + b',"events":['
         comma = b""
-        for chunk in snapshots.stream_events(session, statement, self._row_encoder(name)):
+        for chunk in snapshots.stream_events(session, statement, snapshots.row_encoder(name, self.settings)):
             yield comma + b",".join(chunk)
             comma = b","
         yield b"]}"
@@ -566,11 +566,6 @@ class DurableStreams(_Verbs):
     def _wait_for_outbox(self, name: str, timeout: float) -> None:
         if timeout > 0:
             snapshots.wait_until(lambda: all(each.parked for each in self.outbox.pending(name)), timeout)
-
-    def _row_encoder(self, name: str) -> snapshots.EncodeRow:
-        from .capture import snapshot_event  # the capture stands on the verbs, so this looks up late
-
-        return lambda record: snapshot_event(record, name, self.settings)
 
     def close_stream(self, *streamables: Streamable) -> str | None:
         """Let nothing be appended any more; the final offset. Readers learn it. Cannot be undone."""
@@ -758,7 +753,7 @@ class AsyncDurableStreams(_Verbs):
         )
         await self._wait_for_outbox(name, seconds(wait))
         offset = await self.stream_offset(name)
-        encode = self.sync._row_encoder(name)
+        encode = snapshots.row_encoder(name, self.settings)
         events = await session.run_sync(lambda inner: snapshots.read_events(inner, statement, encode))
         return Snapshot(offset=offset, events=events, url=url, token=token)
 
@@ -781,7 +776,7 @@ class AsyncDurableStreams(_Verbs):
         await self._wait_for_outbox(name, seconds(wait))
         head = encode_json({"offset": await self.stream_offset(name), "url": url, "token": token})
         yield head[:-1] + b',"events":['
-        chunks = snapshots.stream_events(session.sync_session, statement, self.sync._row_encoder(name))
+        chunks = snapshots.stream_events(session.sync_session, statement, snapshots.row_encoder(name, self.settings))
         comma = b""
         while (chunk := await session.run_sync(lambda _: next(chunks, None))) is not None:
             yield comma + b",".join(chunk)
