@@ -1,0 +1,82 @@
+"""Processes are killed with SIGKILL, everywhere and at every step; readers must not be able to tell.
+
+`CHAOS_KILLS` sets how many random kills there are.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.stack import Stack, Verdict, judge
+
+KILLS = int(os.environ.get("CHAOS_KILLS", "12"))
+CALLS = ("claim", "anchor", "create", "append", "ack", "finish")
+STEPS = tuple(f"{when} {call}" for call in CALLS for when in ("before", "after"))
+SEED = int(os.environ.get("CHAOS_SEED", "1"))
+
+
+def spotless(verdict: Verdict) -> bool:
+    return verdict == Verdict(events=verdict.events)
+
+
+def run_through_kills(stack: Stack, kills: int, victims: tuple[str, ...]) -> None:
+    chance = random.Random(SEED)
+    for _ in range(kills):
+        time.sleep(chance.uniform(0.2, 1.5))
+        match chance.choice(victims):
+            case "application":
+                stack.restart(chance.choice(stack.applications))
+            case "worker":
+                stack.restart(chance.choice(stack.workers))
+            case "server":
+                stack.restart(stack.server)
+            case "redis":
+                stack.restart_valkey()
+        stack.start_what_died()
+
+
+def test_the_database_outbox_loses_doubles_and_reorders_nothing(tmp_path: Path, postgres_url: str) -> None:
+    """Application, worker, Redis and stream server, killed at random under eight worker threads."""
+    with Stack(tmp_path, postgres_url, outbox="database", rooms=100, workers=2, applications=2) as stack:
+        run_through_kills(stack, KILLS, ("application", "worker", "worker", "server", "redis"))
+        stack.start_what_died()
+        stack.settle(within=90)
+        verdict = judge(stack)
+    print(f"\n{KILLS} kills: {verdict}")
+    assert verdict.events > 100
+    assert spotless(verdict), verdict
+
+
+def test_the_redis_outbox_doubles_and_reorders_nothing_when_all_but_the_application_die(
+    tmp_path: Path, postgres_url: str
+) -> None:
+    """What DESIGN's table admits is lost with the application or with Redis only, and neither is killed here."""
+    with Stack(tmp_path, postgres_url, outbox="redis", rooms=30, workers=2, applications=1) as stack:
+        run_through_kills(stack, KILLS, ("worker", "worker", "server"))
+        stack.start_what_died()
+        stack.settle(within=90)
+        verdict = judge(stack)
+    print(f"\n{KILLS} kills: {verdict}")
+    assert verdict.events > 50
+    assert spotless(verdict), verdict
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_worker_that_dies_at_this_step_leaves_no_trace(tmp_path: Path, postgres_url: str, step: str) -> None:
+    with Stack(tmp_path, postgres_url, outbox="database", rooms=6, workers=1, on_files=False) as stack:
+        (worker,) = stack.workers
+        for passes in (0, 2, 7):
+            stack.restart(worker, CHAOS_KILL_AT=f"{step}:{passes}")
+            deadline = time.monotonic() + 20
+            while worker.is_running and time.monotonic() < deadline:
+                time.sleep(0.02)
+        stack.restart(worker)
+        stack.settle(within=60)
+        verdict = judge(stack)
+    assert verdict.events > 5
+    assert spotless(verdict), verdict
