@@ -1,0 +1,36 @@
+"""The chat of this documentation: rooms and their messages. Every page's samples go on from here."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, sessionmaker
+
+from broadcastable import Broadcastable, streams, streams_to
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Room(Base, Broadcastable):
+    __tablename__ = "rooms"
+    __streams__ = streams()  # a room's own stream: gid://app/Room/1
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+
+
+class Message(Base, Broadcastable):
+    __tablename__ = "messages"
+    __streams__ = streams_to("room", "messages")  # gid://app/Room/1/messages, by foreign key, without a query
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    room_id: Mapped[int] = mapped_column(sa.ForeignKey("rooms.id"))
+    author: Mapped[str]
+    text: Mapped[str]
+
+    room: Mapped[Room] = relationship()
+
+
+engine = sa.create_engine("sqlite:///chat.db")
+Session = sessionmaker(engine)

@@ -1,0 +1,77 @@
+"""Every Python sample of the documentation runs, page by page, against the embedded stream server."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sybil import Sybil
+from sybil.parsers.myst import PythonCodeBlockParser, SkipParser
+
+from broadcastable import settings
+from broadcastable.durable_streams import current, discard
+from broadcastable.server.embedded import EmbeddedServer, embedded_server
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+NOT_RUN = {
+    "architecture.md": "the design; its declarations are illustrations that the other pages run in full",
+    "benchmarks.md": "commands, no Python",
+    "changelog.md": "no samples",
+    "comparison.md": "a table of libraries",
+    "delivery.md": "tables of what a crash does; tests/outbox and tests/chaos cause them",
+    "deployment.md": "unit files and compose files; examples/ runs what they describe",
+    "index.md": "one class of the chat, which the quickstart runs whole",
+    "migration.md": "tables of what maps to what",
+    "scale.md": "figures and their commands",
+    "servers.md": "a table of what was measured",
+}
+"""Pages without a sample that runs, and why that is all right."""
+
+
+def samples_of(page: Path) -> list[object]:
+    sybil = Sybil([PythonCodeBlockParser(), SkipParser()], path=str(page.parent), pattern=page.name)
+    return list(sybil.parse(page).examples())
+
+
+def test_every_page_runs_or_says_why_not():
+    """A page with samples is run; a page without is listed with the reason, and only such a page."""
+    silent = {page.name for page in PAGES if not samples_of(page)}
+
+    assert {name: NOT_RUN.get(name) for name in silent if name not in NOT_RUN} == {}
+    assert set(NOT_RUN) <= {page.name for page in PAGES}
+
+
+@pytest.fixture
+def server(signing_key: str) -> Iterator[EmbeddedServer]:
+    """The stream server of one page: its stream names are those of every other page."""
+    with embedded_server() as server:
+        yield server
+
+
+@pytest.fixture
+def surroundings(server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a reader has who follows a page: `chat.py` beside the samples, a stream server, and nothing from before."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(DOCS / "samples"))
+    # As if the environment said so: a page may say otherwise with configure().
+    monkeypatch.setattr(settings, "_default", server.settings)
+    yield
+    discard(current())
+    chat = sys.modules.pop("chat", None)
+    if chat is not None:
+        chat.engine.dispose()
+        chat.Base.registry.dispose()
+    gc.collect()
+
+
+@pytest.mark.usefixtures("surroundings")
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in NOT_RUN], ids=lambda page: page.stem)
+def test_the_samples_of_a_page_run(page: Path):
+    """The samples of a page run in order, each with what the ones before it have left."""
+    for example in samples_of(page):
+        example.evaluate()
