@@ -186,6 +186,8 @@ class _Flush:
         )
 
     def _insert_direct(self, route: Route, flushed: _Flushed) -> None:
+        if not flushed.inserted:
+            return
         if isinstance(route.target, PathTarget) or flushed.replaced:
             for state in flushed.inserted:
                 self._guarded(self._arrive, route, state, False)
@@ -218,6 +220,8 @@ class _Flush:
                 self._failed(route, state, error)
 
     def _update_direct(self, route: Route, flushed: _Flushed) -> None:
+        if not flushed.updated:
+            return
         if isinstance(route.target, PathTarget) or route.old_value:
             for state, changed in flushed.updated:
                 existed = changed.isdisjoint(route.placing)

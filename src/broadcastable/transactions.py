@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 import os
 import time
@@ -272,7 +273,7 @@ class Level:
         self.lookups.clear()
         stamp = _Stamp(txid)
         common = {"txid": txid, "trace": current_trace(), "created_at": time.time_ns() // 1_000_000}
-        unique = os.urandom(16).hex()
+        unique, number = os.urandom(16).hex(), itertools.count()
         for key, (delivery, streams) in list(self._deliveries.items()):
             if transactional is None or delivery.transactional is transactional:
                 del self._deliveries[key]
@@ -280,7 +281,7 @@ class Level:
                 for name, changes in streams.items():
                     events = changes.events(stamp)
                     if events:
-                        batches.append(Batch(stream=name, events=events, id=f"{unique}{len(batches):x}", **common))
+                        batches.append(Batch(stream=name, events=events, id=f"{unique}{next(number):x}", **common))
                 if batches:
                     yield delivery, batches
 
