@@ -364,7 +364,8 @@ class Process:
         self._draining.start()
 
     def end(self, number: int = signal.SIGTERM) -> int:
-        self._process.send_signal(number)
+        if self._process.poll() is None:
+            self._process.send_signal(number)
         status = self._process.wait(20)
         self._draining.join()
         assert self._process.stdout is not None
@@ -372,12 +373,26 @@ class Process:
         return status
 
 
-def test_what_was_acknowledged_outlives_kill_9(tmp_path: Path) -> None:
+@pytest.fixture
+def start() -> Iterator[Callable[..., Process]]:
+    """Starts processes; those that the test left running are ended."""
+    started: list[Process] = []
+
+    def start(keys: KeyPair, data_dir: Path | None) -> Process:
+        started.append(Process(keys, data_dir))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.end()
+
+
+def test_what_was_acknowledged_outlives_kill_9(start: Callable[..., Process], tmp_path: Path) -> None:
     """Eight writers and a server killed three times under them: each event that was answered for is there, once."""
     owner_keys = Gatekeeper(Settings(signing_key=KEYS.private_pem))
     acknowledged: dict[str, list[str]] = {f"kept/{n}": [] for n in range(8)}
     for round_ in range(3):
-        process = Process(KEYS, tmp_path)
+        process = start(KEYS, tmp_path)
         stop = threading.Event()
 
         def write(name: str, url: str, number: int, stop: threading.Event) -> None:
@@ -405,7 +420,7 @@ def test_what_was_acknowledged_outlives_kill_9(tmp_path: Path) -> None:
         stop.set()
         for writer in writers:
             writer.join()
-    process = Process(KEYS, tmp_path)
+    process = start(KEYS, tmp_path)
     with httpx.Client(headers={"Authorization": f"Bearer {owner_keys.server_token()}"}, timeout=20) as http:
         for name, events in acknowledged.items():
             kept = http.get(f"{process.url}/{name}").json()
@@ -441,10 +456,10 @@ def test_a_restart_on_the_same_directory_keeps_events_and_offsets(tmp_path: Path
 # Logs
 
 
-def test_no_token_reaches_a_log(tmp_path: Path) -> None:
+def test_no_token_reaches_a_log(start: Callable[..., Process]) -> None:
     """uvicorn's access log and errors, as `serve` and as `uvicorn --factory` write them."""
     good = token(KEYS)
-    server = Process(KEYS, None)
+    server = start(KEYS, None)
     urls = [f"{server.url}/{STREAM}?token={good}", f"{server.url}/{STREAM}?offset=-1&token=bad{good}&live=sse"]
     urls += [f"{server.url}/{STREAM}?token={good}&token={good}", f"{server.url}x?%74oken={good}"]
     with httpx.Client() as http:

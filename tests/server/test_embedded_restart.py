@@ -5,9 +5,9 @@ from __future__ import annotations
 import httpx
 import pytest
 
+from broadcastable.durable_streams import DurableStreams
 from broadcastable.server.embedded import embedded_server
 from broadcastable.settings import Settings
-from broadcastable.durable_streams import DurableStreams
 
 
 def read_live(durable_streams: DurableStreams, wanted: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 _TOKEN = re.compile(
     r"""((?:[?&]|\b)token=|\bbearer\s+)  # where one begins
-        [^\s&"'<>]+                     # up to the end of the parameter or the word
+        [^\s&"'<>%][^\s&"'<>]*          # up to the end of the parameter or the word; %s is no token
         | \bey[\w-]+\.[\w-]+\.[\w-]+    # or a bare JWT anywhere""",
     re.IGNORECASE | re.VERBOSE,
 )
