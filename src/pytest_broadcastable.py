@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from broadcastable.durable_streams import DurableStreams
+    from broadcastable import DurableStreams
     from broadcastable.server import EmbeddedServer
     from broadcastable.testing import MemoryStreams, Recording
 

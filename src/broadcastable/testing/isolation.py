@@ -9,10 +9,10 @@ from datetime import datetime
 from itertools import chain, repeat
 from typing import Any
 
+from broadcastable.durable_streams import DurableStreams, current, discard
 from broadcastable.errors import UsageError
 from broadcastable.events import pinning
 from broadcastable.settings import current_settings, pinned
-from broadcastable.durable_streams import DurableStreams, current, discard
 from broadcastable.tokens import generate_key_pair
 
 from .memory import MemoryStreams

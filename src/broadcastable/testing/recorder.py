@@ -17,9 +17,9 @@ from sqlalchemy import event
 from sqlalchemy.orm import Session
 
 from broadcastable.client import stand_ins
+from broadcastable.durable_streams import DurableStreams, current, intercepting
 from broadcastable.events import Batch
 from broadcastable.names import Streamable
-from broadcastable.durable_streams import DurableStreams, current, intercepting
 from broadcastable.transactions import waiting
 from broadcastable.unsent import Reason, Unsent, listening
 
