@@ -36,7 +36,10 @@ def durable_streams_settings() -> dict[str, Any]:
 def durable_streams(
     memory_streams: MemoryStreams, durable_streams_settings: dict[str, Any]
 ) -> Iterator[DurableStreams]:
-    """An instance of this test's own, in memory and with keys, that is the default in all threads while it runs."""
+    """An instance of this test's own, in memory and with keys, that is the default in all threads while it runs.
+
+    What is deferred waits for `drain()`. Have the fixtures that store rows ask for this one.
+    """
     from broadcastable.testing import isolated_durable_streams
 
     with isolated_durable_streams(memory_streams, **durable_streams_settings) as isolated:
@@ -45,7 +48,7 @@ def durable_streams(
 
 @pytest.fixture
 def broadcasts(durable_streams: DurableStreams) -> Iterator[Recording]:
-    """Everything that the test broadcasts, from any thread; nothing of it is sent before `drain()`."""
+    """Everything that the test broadcasts, from any thread. Nothing goes out to a server."""
     from broadcastable.testing import recording
 
     with recording() as recorded:
@@ -54,12 +57,10 @@ def broadcasts(durable_streams: DurableStreams) -> Iterator[Recording]:
 
 @pytest.fixture
 def drain(durable_streams: DurableStreams) -> Callable[..., None]:
-    """Call it to have everything broadcast so far delivered: `drain()`, or `drain(timeout=10.0)` in seconds.
-
-    What `broadcasts` has kept is delivered in the calling thread. Without that fixture it waits for the worker.
+    """Call it to have everything broadcast so far delivered, so that it can be read: `drain()`.
 
     Raises:
-        AssertionError: Something stays behind.
+        AssertionError: Something stays behind; the message says what, and why.
     """
 
     from broadcastable.testing import drain

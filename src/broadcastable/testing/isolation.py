@@ -16,6 +16,7 @@ from broadcastable.settings import current_settings, pinned
 from broadcastable.tokens import generate_key_pair
 
 from .memory import MemoryStreams
+from .recorder import recorder
 
 
 @contextmanager
@@ -23,15 +24,15 @@ def isolated_durable_streams(memory: MemoryStreams | None = None, **changes: Any
     """Make an instance that needs no server, no Redis, no key and no worker process the default, for all threads.
 
     The model-free verbs, capture and `broadcastable.aio` use it until the end of the block, whatever `configure()` says
-    meanwhile. What is delivered is in *memory*. It takes the application's own settings for everything else: the
-    `gid_app` of its gids, `keys_as_strings`, the life of its tokens.
+    meanwhile. No worker runs: what is deferred waits for `drain`, and is in *memory* after it. Everything else is as
+    the application sets it: the `gid_app` of its gids, `keys_as_strings`, the life of its tokens.
 
     Args:
         memory: The streams; new ones when None.
         changes: Settings to change, `server_url` among them.
     """
     streams = memory if memory is not None else MemoryStreams()
-    with streams.reachable():
+    with streams.reachable(), recorder.held():
         alone = {
             "server_url": streams.url,
             "client_url": None,
