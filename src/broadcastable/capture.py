@@ -401,8 +401,8 @@ class _Flush:
             changes = self._level.stream(self._delivery, handle).changes
         elif isinstance(route.target, PathTarget):
             if all(value is not None for value in handle):
-                reader = self._notes.paths(self._delivery)
-                reader.place_or_wait(self._session, self._level, Underway(route, handle, entity, change))
+                underway = Underway(route, handle, entity, change)
+                self._notes.paths(self._delivery).add(self._session, self._level, underway)
             return
         else:
             changes = changes_at(route, handle, self._level, self._delivery)

@@ -28,7 +28,7 @@ NO_STREAM: Final[Changes] = {}
 """Stands for the stream of a row that has none, such as one without a parent. Never written to."""
 
 
-def changes_at(route: Route, values: Sequence[Any], level: Level, delivery: Delivery) -> Changes:
+def changes_at(route: Route, values: tuple[Any, ...], level: Level, delivery: Delivery) -> Changes:
     """The changes of the stream where *route* leads for these values of its target's columns, or `NO_STREAM`.
 
     Raises:
@@ -132,7 +132,7 @@ class RowReader:
         values = tuple(row[name] for name in route.target_attributes)
         change: Change = (item.existed, True, body, item.old_value, route.on)
         if isinstance(route.target, PathTarget):
-            self._paths.place_or_wait(session, level, Underway(route, values, (route.type, key), change))
+            self._paths.add(session, level, Underway(route, values, (route.type, key), change))
             return
         changes = changes_at(route, values, level, self._delivery)
         if changes is not NO_STREAM:
@@ -147,6 +147,8 @@ class Underway:
     values: tuple[Any, ...]
     entity: EntityKey
     change: Change
+    end: tuple[Any, ...] | None = None
+    """The values at the end of the path: () when it leads nowhere, None when that is not known yet."""
 
 
 class PathReader:
@@ -156,13 +158,13 @@ class PathReader:
         self._delivery = delivery
         self._found: dict[Hop, dict[str, tuple[Any, ...] | None]] = {}
 
-    def place_or_wait(self, session: Session, level: Level, underway: Underway) -> None:
-        """Place the change if the session knows all rows on the way; else have them read before the commit."""
-        values = self._walk(session, underway)
-        if values is None:
-            level.wait_for(self, underway)
-        else:
-            self._place(level, underway, values)
+    def add(self, session: Session, level: Level, underway: Underway) -> None:
+        """Have the change placed before the commit, in the order in which changes came.
+
+        What the session knows of the way is taken now: a row on it may be deleted before the commit.
+        """
+        end = self._walk(session, underway)
+        level.wait_for(self, underway if end is None else dataclasses.replace(underway, end=end))
 
     def read(self, session: Session, level: Level, waiting: list[Underway]) -> None:
         while True:
@@ -179,9 +181,9 @@ class PathReader:
         failures = 0
         for underway in waiting:
             try:
-                values = self._walk(session, underway)
-                assert values is not None
-                self._place(level, underway, values)
+                end = underway.end if underway.end is not None else self._walk(session, underway)
+                assert end is not None
+                self._place(level, underway, end)
             except Exception as error:
                 report_failure(underway.route.plan.name, underway.entity[1], underway.route, error, first=not failures)
                 failures += 1
@@ -214,6 +216,8 @@ class PathReader:
         values: tuple[Any, ...] | None = underway.values
         target = underway.route.target
         assert isinstance(target, PathTarget)
+        if underway.end is not None:
+            return None
         for hop in target.hops:
             if values is None or any(value is None for value in values):
                 return None

@@ -164,7 +164,7 @@ class PathTarget:
         """As in `RowTarget`; with *polymorphic* the last of *values* is the discriminator."""
         mapper = self.mapper
         if self.polymorphic:
-            *values, discriminator = values
+            values, discriminator = values[:-1], values[-1]
             mapper = self.mapper.polymorphic_map.get(discriminator, self.mapper)
         return _name_below(mapper, values, self.suffix, app)
 
@@ -296,8 +296,6 @@ def _key_names(mapper: Mapper[Any]) -> tuple[str, ...]:
 
 # Routes
 
-_UNKNOWN: Final = object()
-
 _NAMES_REMEMBERED: Final = 4096
 """For each route; a name of 100 bytes makes that less than a megabyte."""
 
@@ -339,17 +337,18 @@ class Route:
         self.target_of = _getter(self.target_attributes)
         self.target_of_new = _lenient_getter(self.target_attributes)
         self._encoders: dict[tuple[bool, bool], EventEncoder] = {}
-        self._names: dict[tuple[str, tuple[Any, ...]], Any] = {}
+        self._names: dict[tuple[str, tuple[Any, ...]], str | None] = {}
 
     def stream_name(self, values: tuple[Any, ...], app: str) -> str | None:
         """`target.name`, remembered: most transactions write to a stream that an earlier one has written to."""
         assert not isinstance(self.target, RecordTarget)
-        name = self._names.get((app, values), _UNKNOWN)
-        if name is _UNKNOWN:
+        try:
+            return self._names[app, values]
+        except KeyError:
             if len(self._names) >= _NAMES_REMEMBERED:
                 self._names.clear()
             name = self._names[app, values] = self.target.name(values, app)
-        return name
+            return name
 
     def __str__(self) -> str:
         target = self.declaration.target

@@ -272,7 +272,7 @@ class Level:
         """Remove what waits here, as batches for each delivery; only for those that are *transactional*, or not."""
         self.lookups.clear()
         stamp = _Stamp(txid)
-        common = {"txid": txid, "trace": current_trace(), "created_at": time.time_ns() // 1_000_000}
+        trace, now = current_trace(), time.time_ns() // 1_000_000
         unique, number = os.urandom(16).hex(), itertools.count()
         for key, (delivery, streams) in list(self._deliveries.items()):
             if transactional is None or delivery.transactional is transactional:
@@ -281,7 +281,10 @@ class Level:
                 for name, changes in streams.items():
                     events = changes.events(stamp)
                     if events:
-                        batches.append(Batch(stream=name, events=events, id=f"{unique}{next(number):x}", **common))
+                        identity = f"{unique}{next(number):x}"
+                        batches.append(
+                            Batch(stream=name, events=events, txid=txid, id=identity, created_at=now, trace=trace)
+                        )
                 if batches:
                     yield delivery, batches
 

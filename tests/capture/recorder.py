@@ -1,0 +1,97 @@
+"""A delivery that keeps what it is given, and a reader of streams that knows nothing of how they were made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from broadcastable.events import Batch
+from broadcastable.settings import Settings
+from tests.state_protocol import faults_of_change
+
+Row = dict[str, Any]
+Fold = dict[str, dict[tuple[str, str], Row]]
+
+
+@dataclass
+class Recorder:
+    """Stands where `DurableStreams` does: `Session(info={"durable_streams": Recorder()})`."""
+
+    settings: Settings = field(default_factory=Settings)
+    transactional: bool = False
+    batches: list[Batch] = field(default_factory=list)
+    joined: list[Batch] = field(default_factory=list)
+    staged: list[Batch] = field(default_factory=list)
+
+    def stage(self, connection: sa.Connection, batches: Sequence[Batch]) -> None:
+        assert connection.in_transaction()
+        self.staged.extend(batches)
+
+    def committed(self, batches: Sequence[Batch], *, joined: bool = False) -> None:
+        if self.transactional:
+            assert all(batch in self.staged for batch in batches)
+        (self.joined if joined else self.batches).extend(batches)
+
+    def clear(self) -> None:
+        self.batches.clear()
+        self.joined.clear()
+        self.staged.clear()
+
+    # What tests ask
+
+    @property
+    def streams(self) -> list[str]:
+        return [batch.stream for batch in self.batches]
+
+    def events(self, stream: str | None = None) -> list[Row]:
+        """All events of *stream* (of all streams when None), parsed."""
+        return parsed(self.batches, stream)
+
+    def summary(self, stream: str | None = None) -> list[tuple[str, str, str]]:
+        """Each event as (operation, type, key)."""
+        return [(event["headers"]["operation"], event["type"], event["key"]) for event in self.events(stream)]
+
+    def by_stream(self) -> dict[str, list[tuple[str, str]]]:
+        """Each stream's events as (operation, key)."""
+        found: dict[str, list[tuple[str, str]]] = {}
+        for batch in self.batches:
+            for event in parsed([batch]):
+                found.setdefault(batch.stream, []).append((event["headers"]["operation"], event["key"]))
+        return found
+
+
+def parsed(batches: Sequence[Batch], stream: str | None = None) -> list[Row]:
+    events = []
+    for batch in batches:
+        if stream is None or batch.stream == stream:
+            for body in batch.events:
+                wrong = faults_of_change(body)
+                if wrong:
+                    pytest.fail(f"{body!r} breaks the State Protocol: {'; '.join(wrong)}")
+                events.append(json.loads(body))
+    return events
+
+
+def fold(batches: Sequence[Batch]) -> Fold:
+    """Each stream as a reader has it who read everything; strict where a client would be lenient.
+
+    An insert of a key that is there, an update or a delete of one that is not: each is a phantom or a lost event.
+    """
+    state: Fold = {}
+    for batch in batches:
+        rows = state.setdefault(batch.stream, {})
+        for event in parsed([batch]):
+            key = (event["type"], event["key"])
+            operation = event["headers"]["operation"]
+            assert (key in rows) is (operation != "insert"), f"{operation} of {key} on {batch.stream}; it has {list(rows)}"
+            assert event["headers"]["txid"] == batch.txid
+            if operation == "delete":
+                del rows[key]
+            else:
+                rows[key] = event["value"]
+    return {stream: rows for stream, rows in state.items() if rows}

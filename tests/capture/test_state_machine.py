@@ -1,0 +1,453 @@
+"""The fold of every stream equals the committed table, whatever a session does.
+
+Random programs over everything that a session can do; the oracle is the database, read through a connection of its own
+after each step. `BROADCASTABLE_PROGRAMS` says how many programs each backend gets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, TypeVar
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, SessionTransaction, mapped_column, relationship
+
+from broadcastable import Broadcastable, streams, streams_to, suppressing_streams
+from tests import services
+from tests.capture.recorder import Fold, Recorder, fold
+
+PROGRAMS = int(os.environ.get("BROADCASTABLE_PROGRAMS", "2000"))
+
+T = TypeVar("T")
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Shelf(Base):
+    __tablename__ = "shelves"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+class Box(Base):
+    __tablename__ = "boxes"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    shelf_id: Mapped[int] = mapped_column(sa.ForeignKey("shelves.id"))
+    shelf: Mapped[Shelf] = relationship()
+    things: Mapped[list[Thing]] = relationship(back_populates="box")
+
+
+class Thing(Base, Broadcastable):
+    __tablename__ = "things"
+    __stream_bulk__ = "capture"
+    __streams__ = (
+        streams(),
+        streams_to("box", "things", old_value=True),
+        streams_to("box.shelf", "things"),
+        streams_to(lambda thing: f"label/{thing.label}" if thing.label else None),
+        streams_to("shown", when=lambda thing: not thing.hidden),
+        streams_to("by-label", key="label", when=lambda thing: thing.label is not None and thing.id < 0),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    name: Mapped[str]
+    label: Mapped[str | None]
+    hidden: Mapped[bool] = mapped_column(default=False)
+    revision: Mapped[int] = mapped_column(server_default="1", onupdate=sa.text("revision + 1"))
+    box_id: Mapped[int | None] = mapped_column(sa.ForeignKey("boxes.id"))
+    box: Mapped[Box | None] = relationship(back_populates="things")
+
+
+SHELF_OF_BOX = {1: 1, 2: 1, 3: 2}
+
+
+def expected(rows: list[Any], ignored: set[int]) -> Fold:
+    """What readers should have, from the rows of the table alone."""
+    found: Fold = {}
+    for row in rows:
+        if row.id in ignored:
+            continue
+        value = {
+            "id": str(row.id),
+            "name": row.name,
+            "label": row.label,
+            "hidden": bool(row.hidden),
+            "revision": row.revision,
+            "box_id": None if row.box_id is None else str(row.box_id),
+        }
+        names = [f"gid://app/Thing/{row.id}"]
+        if row.box_id is not None:
+            names += [f"gid://app/Box/{row.box_id}/things", f"gid://app/Shelf/{SHELF_OF_BOX[row.box_id]}/things"]
+        if row.label is not None:
+            names.append(f"label/{row.label}")
+        if not row.hidden:
+            names.append("shown")
+        for name in names:
+            found.setdefault(name, {})["thing", str(row.id)] = value
+    return found
+
+
+class Programs(RuleBasedStateMachine):
+    """Programs for a `Session`; subclasses say where."""
+
+    engine: ClassVar[sa.Engine]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recorder = Recorder()
+        # Rows that were changed while streams were suppressed: readers do not have them as they are.
+        self.ignored: set[int] = set()
+        self.savepoints: list[SessionTransaction] = []
+        with self.engine.begin() as connection:
+            connection.execute(sa.delete(Thing.__table__))
+        self.open(autoflush=True, expire_on_commit=True)
+
+    # What differs under asyncio
+
+    def open(self, **options: Any) -> None:
+        self.session = Session(self.engine, info={"durable_streams": self.recorder}, **options)
+
+    def do(self, step: Callable[[Session], T]) -> T:
+        return step(self.session)
+
+    def end(self, name: str) -> None:
+        self.savepoints.clear()
+        getattr(self.session, name)()
+
+    # Steps
+
+    @initialize(autoflush=st.booleans(), expire_on_commit=st.booleans(), transactional=st.booleans())
+    def choose(self, autoflush: bool, expire_on_commit: bool, transactional: bool) -> None:
+        self.end("close")
+        self.recorder.transactional = transactional
+        self.open(autoflush=autoflush, expire_on_commit=expire_on_commit)
+
+    def pick(self, session: Session, number: int) -> Thing | None:
+        """One of the rows as the session sees them, without a flush; the same number picks the same one again."""
+        with session.no_autoflush:
+            things = [*session.scalars(sa.select(Thing)), *(each for each in session.new if isinstance(each, Thing))]
+        things = [each for each in things if each not in session.deleted and not sa.inspect(each).deleted]
+        things.sort(key=lambda each: sa.inspect(each).dict.get("id", 0))
+        return things[number % len(things)] if things else None
+
+    def with_picked(self, number: int, step: Callable[[Session, Thing], None]) -> None:
+        def picked(session: Session) -> None:
+            thing = self.pick(session, number)
+            if thing is not None:
+                step(session, thing)
+
+        self.do(picked)
+
+    def free_id(self, session: Session, number: int) -> int | None:
+        """An id that no row has, neither in the database nor in the session; ids come back after a delete."""
+        with session.no_autoflush:
+            taken = set(session.scalars(sa.select(Thing.id)))
+        for each in (*session.new, *session.identity_map.values()):
+            if isinstance(each, Thing):
+                taken.add(sa.inspect(each).dict.get("id", 0))
+        for each in session.deleted:
+            taken.discard(sa.inspect(each).identity[0])  # gone with the next flush: SQLAlchemy makes it one UPDATE
+        free = [each for each in range(1, 7) if each not in taken]
+        return free[number % len(free)] if free else None
+
+    numbers = st.integers(0, 5)
+    boxes = st.sampled_from([None, 1, 2, 3])
+    labels = st.sampled_from([None, "a", "b"])
+
+    @rule(number=numbers, box=boxes, label=labels, hidden=st.booleans(), way=st.sampled_from(["key", "parent", "child"]))
+    def add(self, number: int, box: int | None, label: str | None, hidden: bool, way: str) -> None:
+        def step(session: Session) -> None:
+            identity = self.free_id(session, number)
+            if identity is None:
+                return
+            with session.no_autoflush:
+                thing = Thing(id=identity, name="new", hidden=hidden)
+                if label is not None:
+                    thing.label = label
+                if box is not None:
+                    if way == "key":
+                        thing.box_id = box
+                    elif way == "parent":
+                        thing.box = session.get_one(Box, box)
+                    else:
+                        parent = session.get_one(Box, box)
+                        parent.things.append(thing)
+                session.add(thing)
+
+        self.do(step)
+
+    @rule(number=numbers, name=st.sampled_from(["x", "y", "z"]))
+    def change(self, number: int, name: str) -> None:
+        self.with_picked(number, lambda session, thing: setattr(thing, "name", name))
+
+    @rule(number=numbers)
+    def change_by_expression(self, number: int) -> None:
+        self.with_picked(
+            number,
+            lambda session, thing: setattr(thing, "name", Thing.name + "!") if sa.inspect(thing).persistent else None,
+        )
+
+    @rule(number=numbers)
+    def change_nothing(self, number: int) -> None:
+        def step(session: Session, thing: Thing) -> None:
+            with session.no_autoflush:
+                thing.name = thing.name  # noqa: PLW0127 - loads it, and marks it as changed
+
+        self.with_picked(number, step)
+
+    @rule(number=numbers, label=labels)
+    def relabel(self, number: int, label: str | None) -> None:
+        self.with_picked(number, lambda session, thing: setattr(thing, "label", label))
+
+    @rule(number=numbers, hidden=st.booleans())
+    def hide(self, number: int, hidden: bool) -> None:
+        self.with_picked(number, lambda session, thing: setattr(thing, "hidden", hidden))
+
+    @rule(number=numbers, box=boxes, way=st.sampled_from(["key", "parent", "child", "expired"]))
+    def move(self, number: int, box: int | None, way: str) -> None:
+        def step(session: Session, thing: Thing) -> None:
+            with session.no_autoflush:
+                if way == "key":
+                    thing.box_id = box
+                elif way == "expired" and sa.inspect(thing).persistent and not session.is_modified(thing):
+                    session.expire(thing)
+                    thing.box_id = box
+                elif way == "child" and box is not None:
+                    parent = session.get_one(Box, box)
+                    if thing not in parent.things:
+                        parent.things.append(thing)
+                else:
+                    thing.box = None if box is None else session.get_one(Box, box)
+
+        self.with_picked(number, step)
+
+    @rule(number=numbers, other=numbers)
+    def rekey(self, number: int, other: int) -> None:
+        def step(session: Session, thing: Thing) -> None:
+            identity = self.free_id(session, other)
+            deleted = {sa.inspect(each).identity[0] for each in session.deleted}
+            if identity is not None and identity not in deleted and thing.id not in self.ignored:
+                thing.id = identity
+
+        self.with_picked(number, step)
+
+    @rule(number=numbers)
+    def delete(self, number: int) -> None:
+        def step(session: Session, thing: Thing) -> None:
+            with session.no_autoflush:
+                if sa.inspect(thing).persistent:
+                    session.delete(thing)
+                else:
+                    thing.box = None
+                    session.expunge(thing)
+
+        self.with_picked(number, step)
+
+    @rule(number=numbers, name=st.sampled_from(["p", "q"]))
+    def change_suppressed(self, number: int, name: str) -> None:
+        def step(session: Session) -> None:
+            session.flush()
+            thing = self.pick(session, number)
+            if thing is None:
+                return
+            self.ignored.add(thing.id)
+            with Thing.suppressing_streams() if number % 2 else suppressing_streams():
+                thing.name = name
+                session.flush()
+
+        self.do(step)
+
+    @rule()
+    def flush(self) -> None:
+        self.do(lambda session: session.flush())
+
+    @rule()
+    def fail_in_flush(self) -> None:
+        def step(session: Session) -> None:
+            session.flush()
+            with session.no_autoflush:
+                thing = self.pick(session, 0)
+                if thing is not None:
+                    thing.name = "never seen"
+                session.add(Thing(id=90))  # its name is missing
+            try:
+                session.flush()
+            except IntegrityError:
+                pass
+            else:
+                raise AssertionError("a row without its name was stored")
+
+        self.do(step)
+        if self.savepoints:
+            self.do(lambda session: self.savepoints.pop().rollback())
+        else:
+            self.end("rollback")
+
+    @rule()
+    def expire_all(self) -> None:
+        def step(session: Session) -> None:
+            session.flush()
+            session.expire_all()
+
+        self.do(step)
+
+    @rule()
+    def expunge_all(self) -> None:
+        def step(session: Session) -> None:
+            session.flush()
+            session.expunge_all()
+
+        self.do(step)
+
+    @precondition(lambda self: len(self.savepoints) < 3)
+    @rule()
+    def begin_nested(self) -> None:
+        self.do(lambda session: self.savepoints.append(session.begin_nested()))
+
+    @precondition(lambda self: self.savepoints)
+    @rule()
+    def release(self) -> None:
+        self.do(lambda session: self.savepoints.pop().commit())
+
+    @precondition(lambda self: self.savepoints)
+    @rule(depth=st.integers(0, 2))
+    def roll_back_to(self, depth: int) -> None:
+        def step(session: Session) -> None:
+            depth_there_is = min(depth, len(self.savepoints) - 1)
+            self.savepoints[depth_there_is].rollback()
+            del self.savepoints[depth_there_is:]
+
+        self.do(step)
+
+    @rule()
+    def commit(self) -> None:
+        self.end("commit")
+
+    @rule()
+    def commit_through_the_root(self) -> None:
+        """As a `with session.begin():` block does that left savepoints open."""
+
+        def step(session: Session) -> None:
+            root = session.get_transaction()
+            if root is not None:
+                root.commit()
+            self.savepoints.clear()
+
+        self.do(step)
+
+    @rule()
+    def rollback(self) -> None:
+        self.end("rollback")
+
+    @rule()
+    def close(self) -> None:
+        self.end("close")
+
+    # The promise
+
+    @invariant()
+    def readers_have_what_is_committed(self) -> None:
+        with self.engine.connect() as connection:
+            rows = connection.execute(sa.select(Thing.__table__)).all()
+        seen = {
+            stream: {key: value for key, value in rows.items() if int(key[1]) not in self.ignored}
+            for stream, rows in fold_leniently(self.recorder, self.ignored).items()
+        }
+        assert {stream: rows for stream, rows in seen.items() if rows} == expected(rows, self.ignored)
+
+    def teardown(self) -> None:
+        self.end("close")
+
+
+def fold_leniently(recorder: Recorder, ignored: set[int]) -> Fold:
+    if not ignored:
+        return fold(recorder.batches)
+    found: Fold = {}
+    for batch in recorder.batches:
+        rows = found.setdefault(batch.stream, {})
+        for event in recorder_events(batch):
+            if event["headers"]["operation"] == "delete":
+                rows.pop((event["type"], event["key"]), None)
+            else:
+                rows[event["type"], event["key"]] = event["value"]
+    return found
+
+
+def recorder_events(batch: Any) -> list[dict[str, Any]]:
+    from tests.capture.recorder import parsed
+
+    return parsed([batch])
+
+
+class AsyncPrograms(Programs):
+    """The same programs for an `AsyncSession`."""
+
+    async_engine: ClassVar[AsyncEngine]
+    loop: ClassVar[asyncio.AbstractEventLoop]
+
+    def open(self, **options: Any) -> None:
+        self.async_session = AsyncSession(self.async_engine, info={"durable_streams": self.recorder}, **options)
+
+    def do(self, step: Callable[[Session], T]) -> T:
+        return self.loop.run_until_complete(self.async_session.run_sync(step))
+
+    def end(self, name: str) -> None:
+        self.savepoints.clear()
+        self.loop.run_until_complete(getattr(self.async_session, name)())
+
+
+PROFILE = settings(
+    max_examples=PROGRAMS,
+    stateful_step_count=20,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=False,
+    database=None,
+    print_blob=True,
+)
+
+
+@pytest.fixture
+def prepared(engine: sa.Engine) -> sa.Engine:
+    Base.metadata.create_all(engine)
+    with engine.begin() as connection:
+        connection.execute(sa.insert(Shelf.__table__), [{"id": each} for each in sorted(set(SHELF_OF_BOX.values()))])
+        connection.execute(
+            sa.insert(Box.__table__), [{"id": box, "shelf_id": shelf} for box, shelf in SHELF_OF_BOX.items()]
+        )
+    return engine
+
+
+def test_the_fold_of_every_stream_is_the_committed_table(prepared: sa.Engine) -> None:
+    """Atomicity of capture: an event exists if and only if its change was committed, with the right value."""
+    machine = type("SessionPrograms", (Programs,), {"engine": prepared})
+    run_state_machine_as_test(machine, settings=PROFILE)
+
+
+@pytest.fixture
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    loop = asyncio.new_event_loop()
+    yield loop
+    loop.close()
+
+
+def test_the_fold_of_every_stream_is_the_committed_table_under_asyncio(
+    prepared: sa.Engine, loop: asyncio.AbstractEventLoop
+) -> None:
+    async_engine = services.open_async_engine(prepared.url.render_as_string(hide_password=False))
+    machine = type(
+        "AsyncSessionPrograms", (AsyncPrograms,), {"engine": prepared, "async_engine": async_engine, "loop": loop}
+    )
+    try:
+        run_state_machine_as_test(machine, settings=PROFILE)
+    finally:
+        loop.run_until_complete(async_engine.dispose())
