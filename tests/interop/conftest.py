@@ -6,6 +6,7 @@ Nothing here is skipped: without Node these tests fail, and say what they need.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ import httpx
 import pytest
 
 from broadcastable.names import stream_path
-from broadcastable.server.embedded import EmbeddedServer, embedded_server
+from broadcastable.server.embedded import embedded_server
 from broadcastable.settings import Settings
 from broadcastable.tokens import Gatekeeper
 from tests.interop.application import Application
@@ -35,62 +36,52 @@ class EmbeddedOnDisk:
 
     def __init__(self, data_dir: Path | None) -> None:
         self._data_dir = data_dir
-        self._server: EmbeddedServer | None = None
         self.settings = Settings()
         self._port = 0
         self.start()
 
     def start(self) -> None:
-        self._opened = embedded_server(port=self._port, data_dir=self._data_dir, settings=self.settings)
-        self._server = self._opened.__enter__()
-        self.url, self.settings = self._server.url, self._server.settings
+        self._open = ExitStack()
+        server = self._open.enter_context(
+            embedded_server(port=self._port, data_dir=self._data_dir, settings=self.settings)
+        )
+        self.url, self.settings = server.url, server.settings
         self._port = httpx.URL(self.url).port or 0
 
     def stop(self) -> None:
-        if self._server is not None:
-            self._opened.__exit__(None, None, None)
-            self._server = None
+        self._open.close()
 
 
 class Reference:
     """The npm reference server; it asks for no token, and is given the same ones."""
 
     def __init__(self, data_dir: Path | None, signing_key: str) -> None:
-        self._process = NodeProcess("reference_server.mjs")
         self._data_dir = data_dir
         self._port = 0
-        self._running = False
+        self._process: NodeProcess | None = None
         self.start()
         self.settings = Settings(server_url=self.url, signing_key=signing_key)
 
     def start(self) -> None:
+        self._process = NodeProcess("reference_server.mjs")
         base = self._process.do("start", port=self._port, dataDir=self._data_dir and str(self._data_dir))
         self._port = httpx.URL(base).port or 0
         self.url = f"{base}/v1/streams"
-        self._running = True
 
     def stop(self) -> None:
-        if self._running:
-            self._process.do("stop")
-            self._running = False
-
-    def close(self) -> None:
-        self.stop()
-        self._process.__exit__(None, None, None)
+        # The end of its process, not its own stop(): that waits for readers, who do not leave.
+        if self._process is not None:
+            self._process.close()
+            self._process = None
 
 
 SERVERS = ["embedded", "npm"]
 
 
 def _open(kind: str, data_dir: Path | None, signing_key: str) -> Iterator[Server]:
-    if kind == "npm":
-        reference = Reference(data_dir, signing_key)
-        yield reference
-        reference.close()
-    else:
-        embedded = EmbeddedOnDisk(data_dir)
-        yield embedded
-        embedded.stop()
+    server: Server = Reference(data_dir, signing_key) if kind == "npm" else EmbeddedOnDisk(data_dir)
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="module", params=SERVERS)
@@ -158,10 +149,11 @@ def open_page() -> Iterator[Callable[[Server], Page]]:
         return page
 
     yield open_
-    failures = [failure for page in pages for failure in page.node.do("failures")]
-    for page in pages:
-        page.node.__exit__(None, None, None)
-    assert failures == []
+    try:
+        assert [failure for page in pages for failure in page.node.do("failures")] == []
+    finally:
+        for page in pages:
+            page.node.close()
 
 
 @pytest.fixture

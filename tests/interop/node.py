@@ -9,8 +9,7 @@ import shutil
 import subprocess
 import threading
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 HERE = Path(__file__).parent
 
@@ -58,12 +57,8 @@ class NodeProcess:
         """Send a command and wait for its answer."""
         return self.end(self.begin(command, **options), timeout)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """End the process: it leaves when its input ends, or is killed after ten seconds."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()

@@ -2,14 +2,9 @@
 import { DurableStreamTestServer } from "@durable-streams/server"
 import { obey } from "./commands.mjs"
 
-let server
-
 await obey({
   async start({ port = 0, dataDir }) {
-    server = new DurableStreamTestServer({ host: "127.0.0.1", port, ...(dataDir && { dataDir }) })
+    const server = new DurableStreamTestServer({ host: "127.0.0.1", port, ...(dataDir && { dataDir }) })
     return await server.start()
-  },
-  async stop() {
-    await server.stop()
   },
 })
