@@ -1,0 +1,1 @@
+"""`broadcastable demo`: a chat in several windows, to see what the package does before writing a line."""
