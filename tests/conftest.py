@@ -24,6 +24,8 @@ from broadcastable.tokens import generate_key_pair
 from tests import services
 from tests.state_protocol import Tap
 
+pytest_plugins = ["pytester"]
+
 BACKENDS = ("sqlite", "postgres", *(("mariadb",) if os.environ.get("MARIADB_URL") else ()))
 
 

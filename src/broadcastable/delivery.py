@@ -133,7 +133,7 @@ class DeliveryMiddleware(dramatiq.Middleware):
 
     def after_worker_shutdown(self, broker: dramatiq.Broker, worker: dramatiq.Worker) -> None:
         while self._sweepers:
-            if not self._sweepers.pop().join(self.shutdown_grace):
+            if not self._sweepers.pop().join(self.shutdown_grace) and self.shutdown_grace > 0:
                 log.warning(
                     "A sweeper was still at work %.0f s after the shutdown. What it had claimed is delivered "
                     "by another worker once its lease has run out",

@@ -10,8 +10,6 @@ from broadcastable.durable_streams import DurableStreams
 from tests.services import open_engine
 from tests.testing.chat import Base, Room
 
-pytest_plugins = ["pytester"]
-
 
 @pytest.fixture
 def engine(sqlite_url: str) -> Iterator[sa.Engine]:

@@ -1,0 +1,57 @@
+"""The package as a whole: what importing it costs, and what it says of itself."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import broadcastable
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_everything_in_all_is_there() -> None:
+    assert sorted(set(broadcastable.__all__)) == sorted(broadcastable.__all__)
+    for name in broadcastable.__all__:
+        assert getattr(broadcastable, name) is not None, name
+
+
+def test_importing_it_imports_no_extra() -> None:
+    """Neither the extras' modules nor our own that need them: those are imported where they are used."""
+    code = (
+        "import sys, broadcastable\n"
+        "from broadcastable import *\n"
+        "import broadcastable.aio, broadcastable.actors, broadcastable.outbox.database\n"
+        "print(*sorted(m for m in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    extras = {"typer", "rich", "rakaia", "uvicorn", "starlette", "fastapi", "flask", "prometheus_client", "pytest"}
+    assert not {name for name in loaded if name.partition(".")[0] in extras - {"rich"}}
+    assert not {name for name in loaded if re.match(r"broadcastable\.(cli|server|testing)\b", name)}
+
+
+def test_importing_the_actors_touches_no_broker() -> None:
+    code = "import broadcastable.actors, dramatiq.broker as b; print(b.global_broker)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None"
+
+
+def test_the_version_is_written_once() -> None:
+    assert importlib.metadata.version("broadcastable") == broadcastable.__version__
+    assert broadcastable.__version__ not in (ROOT / "pyproject.toml").read_text().partition("dependencies")[0]
+
+
+def test_the_project_speaks_of_itself_alone() -> None:
+    """No machine's paths and no registry's host names anywhere in what is released."""
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    forbidden = re.compile(r"/root/|/work/|registry\.npmjs|pypi\.org/simple|files\.pythonhosted|deb\.debian\.org")
+    named_here = {"tests/test_package.py"}
+    for name in files:
+        path = ROOT / name
+        if name in named_here or not path.is_file() or path.suffix in {".png", ".jpg", ".ico", ".woff2"}:
+            continue
+        assert not forbidden.search(path.read_text(errors="replace")), name
