@@ -33,7 +33,7 @@ from broadcastable.settings import Settings
 
 from . import BatchMark, Frame, FrameId, PendingStream
 from .framing import Limits, events_that_fit, new_lease
-from .schema import ExactText, OutboxTables, now_ms, tables
+from .schema import MYSQL, ExactText, OutboxTables, now_ms, tables
 
 __all__ = ["DatabaseOutbox", "OutboxTables", "sync_url", "tables"]
 
@@ -121,11 +121,15 @@ class DatabaseOutbox:
         """See `Outbox.put`: a transaction of its own. About five statements."""
         if not batches:
             return []
-        try:
-            return self._put(batches)
-        except sa.exc.IntegrityError:
-            # The same ids, put at the same moment by somebody else, who has won; now they can be seen.
-            return self._put(batches)
+        for _ in range(3):
+            try:
+                return self._put(batches)
+            except (sa.exc.IntegrityError, sa.exc.OperationalError) as error:
+                # The same ids, put at the same moment by somebody else, who has won: now they can be seen. MariaDB may
+                # find that the two wait for each other, before it comes to that.
+                if isinstance(error, sa.exc.OperationalError) and not _is_deadlock(error):
+                    raise
+        return self._put(batches)
 
     def _put(self, batches: Sequence[Batch]) -> list[str]:
         given = {_put_id(batch): batch for batch in batches}
@@ -232,7 +236,7 @@ class DatabaseOutbox:
             return replace(self._current(connection, frame, state, begun=frame.begun), anchor=offset)
 
     def ack(self, frame: Frame, *, offset: str | None, events: int | None = None) -> bool:
-        """See `Outbox.ack`. Three statements; a few more when only part of the frame is acked."""
+        """See `Outbox.ack`. Four statements; a few more when only part of the frame is acked."""
         with self._transaction() as connection:
             state = self._lock(connection, frame.stream)
             if not _is_current(state, frame):
@@ -242,8 +246,8 @@ class DatabaseOutbox:
             if acked < state.count:
                 rest_id, rest = self._cut(connection, state, acked)
             rows = self._batches.c
-            done = sa.delete(self._batches).where(rows.stream == frame.stream, rows.frame == state.frame)
-            connection.execute(done if rest_id is None else done.where(rows.id != rest_id))
+            taken = sa.select(rows.id).where(rows.stream == frame.stream, rows.frame == state.frame)
+            self._delete(connection, [row_id for row_id in connection.scalars(taken) if row_id != rest_id])
             changes = {"seq": state.seq + 1, "count": 0, "head_id": rest_id, "skip": rest, "parked": None}
             changes |= {"rest_id": None, "rest": 0} | ({} if offset is None else {"anchor": offset})
             self._change(connection, frame.stream, changes)
@@ -331,7 +335,7 @@ class DatabaseOutbox:
                 sa.select(rows.id, rows.events).where(rows.stream == stream).limit(ROWS_A_STATEMENT)
             ).all():
                 lost += sum(row.events for row in found)
-                connection.execute(sa.delete(self._batches).where(rows.id.in_([row.id for row in found])))
+                self._delete(connection, [row.id for row in found])
             if state is not None:
                 lost -= state.skip
                 changes: dict[str, Any] = {"epoch": max(state.now, state.epoch + 1), "seq": 0}
@@ -461,23 +465,44 @@ class DatabaseOutbox:
         taken, rest_id, rest = _split([(row.id, len(row.lengths)) for row in rows], state.skip, count)
         del rows[len(taken) :]
         frame = state.frame + 1
-        for ids in _chunks(taken):
-            self._mark(connection, ids, frame)
+        self._mark(connection, taken, frame)
         return {"frame": frame, "count": count, "rest_id": rest_id, "rest": rest}
 
     def _mark(self, connection: sa.Connection, ids: Sequence[int], frame: int) -> None:
+        for some in _chunks(ids):
+            if connection.dialect.name in MYSQL:
+                statement = sa.text(f"UPDATE {self._by_key(connection)} SET o.frame = :frame")  # noqa: S608 - no input
+                connection.execute(statement, {"ids": _json(some), "frame": frame})
+            else:
+                connection.execute(sa.update(self._batches).where(self._among(connection, some)).values(frame=frame))
+
+    def _delete(self, connection: sa.Connection, ids: Sequence[int]) -> None:
+        for some in _chunks(ids):
+            if connection.dialect.name in MYSQL:
+                statement = sa.text(f"DELETE o FROM {self._by_key(connection)}")
+                connection.execute(statement, {"ids": _json(some)})
+            else:
+                connection.execute(sa.delete(self._batches).where(self._among(connection, some)))
+
+    def _among(self, connection: sa.Connection, ids: Sequence[int]) -> sa.ColumnElement[bool]:
         column = self._batches.c.id
         if connection.dialect.name == "postgresql":
-            # One array: a thousand parameters take the driver longer than the server takes for the update.
-            among = column == sa.any_(sa.bindparam("ids", ids, type_=postgresql.ARRAY(sa.BigInteger)))
-        else:
-            among = column.in_(ids)
-        connection.execute(sa.update(self._batches).where(among).values(frame=frame))
+            # One array: a thousand parameters take the driver longer than the server takes for the statement.
+            return column == sa.any_(sa.bindparam("ids", ids, type_=postgresql.ARRAY(sa.BigInteger)))
+        return column.in_(ids)
+
+    def _by_key(self, connection: sa.Connection) -> str:
+        # InnoDB locks every row that it reads on the way to those it changes, and waits for the uncommitted ones. For
+        # id IN (...) it may read the whole table, so that the relay would wait for writers; a join goes by the key.
+        table = connection.dialect.identifier_preparer.format_table(self._batches)
+        ids = "JSON_TABLE(:ids, '$[*]' COLUMNS (id BIGINT PATH '$')) AS given"
+        return f"{ids} STRAIGHT_JOIN {table} AS o FORCE INDEX (PRIMARY) ON o.id = given.id"
 
     def _free(self, connection: sa.Connection, stream: str) -> None:
         """Rows marked by a state that is gone."""
         rows = self._batches.c
-        connection.execute(sa.update(self._batches).where(rows.stream == stream, rows.frame != 0).values(frame=0))
+        marked = sa.select(rows.id).where(rows.stream == stream, rows.frame != 0)
+        self._mark(connection, list(connection.scalars(marked)), 0)
 
     def _begin_anew(self, connection: sa.Connection, state: Any) -> tuple[Any, list[_Stored]]:
         """Somebody deleted rows that were being sent. What is left goes out under a new epoch."""
@@ -498,8 +523,7 @@ class DatabaseOutbox:
         ).all()
         ordered = [(row.id, row.events) for row in sorted(found, key=lambda row: row.id != state.head_id)]
         taken, rest_id, rest = _split(ordered, state.skip, count)
-        for ids in _chunks([row_id for row_id, _ in ordered[len(taken) :]]):
-            self._mark(connection, ids, 0)
+        self._mark(connection, [row_id for row_id, _ in ordered[len(taken) :]], 0)
         return rest_id, rest
 
     def _frame(
@@ -563,17 +587,16 @@ class DatabaseOutbox:
         old_ids = sa.select(rows.id).where(rows.stream == "", rows.put_at < now_ms() - IDS_KEPT_FOR)
         waiting = sa.exists().where(rows.stream == state.stream)
         unused = sa.and_(state.leased_until < now_ms() - STATE_KEPT_FOR, state.parked.is_(None), ~waiting)
-        for table, key, old, still in (
-            (self._batches, rows.id, old_ids, sa.true()),
-            (self._streams, state.stream, sa.select(state.stream).where(unused), unused),
-        ):
-            while True:
-                with self._transaction() as connection:
-                    found = list(connection.scalars(old.limit(ROWS_A_STATEMENT)))
-                    if found:
-                        connection.execute(sa.delete(table).where(key.in_(found), still))
-                if len(found) < ROWS_A_STATEMENT:
-                    break
+        while True:
+            with self._transaction() as connection:
+                ids = list(connection.scalars(old_ids.limit(ROWS_A_STATEMENT)))
+                self._delete(connection, ids)
+                streams = list(connection.scalars(sa.select(state.stream).where(unused).limit(ROWS_A_STATEMENT)))
+                if streams:
+                    # Asked again: since then one of them may have been claimed.
+                    connection.execute(sa.delete(self._streams).where(state.stream.in_(streams), unused))
+            if max(len(ids), len(streams)) < ROWS_A_STATEMENT:
+                return
 
     # Connections
 
@@ -677,6 +700,16 @@ def _insert_unless_there(dialect: str, table: sa.Table) -> Any:
         return sqlite.insert(table).on_conflict_do_nothing()
     # IGNORE would hide other mistakes, too.
     return mysql.insert(table).on_duplicate_key_update(stream=table.c.stream)
+
+
+def _json(ids: Sequence[int]) -> str:
+    return msgspec.json.encode(ids).decode()
+
+
+def _is_deadlock(error: sa.exc.DBAPIError) -> bool:
+    """MariaDB's and MySQL's ER_LOCK_DEADLOCK; PostgreSQL's deadlock_detected."""
+    original = error.orig
+    return original is not None and (original.args[:1] == (1213,) or getattr(original, "sqlstate", None) == "40P01")
 
 
 def _plain(column_type: sa.types.TypeEngine[Any]) -> sa.types.TypeEngine[Any]:

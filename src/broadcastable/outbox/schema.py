@@ -16,7 +16,7 @@ from sqlalchemy.sql.functions import FunctionElement
 
 from broadcastable.names import MAX_NAME_LENGTH
 
-_MYSQL = ("mysql", "mariadb")
+MYSQL = ("mysql", "mariadb")
 
 
 class ExactText(sa.types.TypeDecorator[str]):
@@ -33,15 +33,15 @@ class ExactText(sa.types.TypeDecorator[str]):
         self._length = length
 
     def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[Any]:
-        if dialect.name in _MYSQL:
+        if dialect.name in MYSQL:
             return dialect.type_descriptor(sa.VARBINARY(4 * self._length))
         return dialect.type_descriptor(sa.String(self._length))
 
     def process_bind_param(self, value: str | None, dialect: sa.Dialect) -> Any:
-        return value.encode() if value is not None and dialect.name in _MYSQL else value
+        return value.encode() if value is not None and dialect.name in MYSQL else value
 
     def process_result_value(self, value: Any, dialect: sa.Dialect) -> str | None:
-        return bytes(value).decode() if value is not None and dialect.name in _MYSQL else value
+        return bytes(value).decode() if value is not None and dialect.name in MYSQL else value
 
 
 class now_ms(FunctionElement[int]):
@@ -102,10 +102,10 @@ def tables(metadata: sa.MetaData, *, schema: str | None = None) -> OutboxTables:
             metadata.tables[f"{prefix}broadcastable_outbox"], metadata.tables[f"{prefix}broadcastable_streams"]
         )
     options: dict[str, Any] = {"schema": schema}
-    for name in _MYSQL:
+    for name in MYSQL:
         options |= {f"{name}_engine": "InnoDB", f"{name}_charset": "utf8mb4"}
     number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # only INTEGER counts by itself in SQLite
-    long_bytes = sa.LargeBinary().with_variant(mysql.LONGBLOB(), *_MYSQL)  # BLOB ends at 64 KiB
+    long_bytes = sa.LargeBinary().with_variant(mysql.LONGBLOB(), *MYSQL)  # BLOB ends at 64 KiB
     batches = sa.Table(
         "broadcastable_outbox",
         metadata,
