@@ -153,6 +153,7 @@ def refused_tokens(keys: KeyPair) -> dict[str, str]:
         "not ASCII": "ключ.ключ.ключ",
         "lone surrogate": "\ud800.a.b",
         "64 KiB": good + "A" * 65_536,
+        "longer than is read, and good": signed(keys, identity="x" * 8_192),
         "payload that is no object": jwt.PyJWS().encode(b"[]", keys.private_pem, "ES256", headers={"kid": keys.kid}),
         "unencoded payload": jwt.PyJWS().encode(
             b"{}", keys.private_pem, "ES256", headers={"kid": keys.kid}, is_payload_detached=True
@@ -171,6 +172,12 @@ def test_everything_else_is_refused_without_showing_the_token(
     for segment in token.split("."):
         assert len(segment) < 8 or segment not in "".join(traceback.format_exception_only(caught.value))
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+@pytest.mark.parametrize("claim", ["iss", "iat", "exp"])
+def test_a_token_that_lacks_a_claim_says_so(gatekeeper: Gatekeeper, keys: KeyPair, claim: str) -> None:
+    with pytest.raises(InvalidToken, match="lacks a claim"):
+        gatekeeper.decode(signed(keys, **{claim: None}))
 
 
 def test_an_expired_token_says_so(gatekeeper: Gatekeeper, keys: KeyPair) -> None:
