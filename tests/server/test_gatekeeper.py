@@ -369,14 +369,21 @@ def test_a_long_poll_is_answered_at_its_offset_when_its_token_expires() -> None:
 
 
 def test_a_read_from_an_offset_that_only_the_app_knows_is_401_when_its_token_expires() -> None:
-    queries = (b"offset=now&live=long-poll", b"offset=-1&live=long-poll", b"offset=00_07", b"")
+    queries = (
+        b"offset=now&live=long-poll",
+        b"offset=-1&live=long-poll",
+        b"offset=%0d%0aX:%20y&live=long-poll",
+        b"offset=%E2%82%AC&live=long-poll",
+        b"offset=00_07",
+        b"",
+    )
 
     async def read_all() -> list[Exchange]:
         app = gate(Waiting(begun=False))
         reads = [Exchange(path=TARGET, query=query, headers=[bearer(soon())]) for query in queries]
         return await asyncio.wait_for(asyncio.gather(*(read.with_app(app) for read in reads)), 8)
 
-    assert [read.status for read in asyncio.run(read_all())] == [401] * 4
+    assert [read.status for read in asyncio.run(read_all())] == [401] * len(queries)
 
 
 def test_a_reader_that_leaves_is_forgotten_at_once() -> None:
@@ -435,6 +442,22 @@ def test_keys_that_change_end_the_reads_of_the_old_ones_alone() -> None:
         await tasks[1]
 
     asyncio.run(rotate())
+
+
+def test_keys_that_change_while_a_read_is_let_in_end_it_too() -> None:
+    """What another thread does between the verification and the read, done in the middle of the verification."""
+    new = generate_key_pair()
+    waiting = Waiting(begun=False)
+
+    class Rotating(Gatekeeper):
+        def decode(self, token: str) -> dict[str, Any]:
+            claims = super().decode(token)
+            app.use(Gatekeeper(Settings(signing_key=new.private_pem)))
+            return claims
+
+    app = GatekeeperMiddleware(waiting, Rotating(Settings(signing_key=KEYS.private_pem)))
+    assert hold(app, path=TARGET, headers=[bearer(token(KEYS))]).status == 401
+    assert waiting.running == app.live_reads == 0
 
 
 # Verdicts

@@ -131,8 +131,9 @@ class GatekeeperMiddleware:
             return await answer(send, 403 if allowed is None else 204, allowed or ())
         if token is None:
             return await reply.refuse(401)
+        verdicts = self._verdicts
         try:
-            claims = self._verdicts.claims_of(token)
+            claims = verdicts.claims_of(token)
             stream = stream_in(path.removeprefix(self._prefix))
         except TokenError:
             return await reply.refuse(401)
@@ -143,13 +144,17 @@ class GatekeeperMiddleware:
             return await reply.refuse(403)
         inner = {**scope, **readdressed(scope, self._mount, stream), "headers": without_credentials(scope)}
         if method in _READS:
-            return await self._read(_Read(token, claims), inner, receive, reply)
+            read = _Read(token, claims)
+            self._reads.add(read)
+            if verdicts is not self._verdicts:
+                read.end(401)  # `use` in another thread, which did not see this read, wants it verified anew
+            return await self._read(read, inner, receive, reply)
         return await self._write(inner, receive, reply)
 
     async def _write(self, scope: Scope, receive: Receive, reply: _Reply) -> None:
         """Hand over a body that is complete: half of one, after its sender was cut off, is never stored."""
         declared = next(iter(header_values(scope, b"content-length")), b"0")
-        if declared.isdigit() and int(declared) > self._max_body:
+        if declared.isdigit() and (len(declared) > 18 or int(declared) > self._max_body):
             return await reply.refuse(413)
         body = bytearray()
         more = True
@@ -167,7 +172,6 @@ class GatekeeperMiddleware:
         """Run the app until it has answered, the reader has left, the token has expired, or somebody ends the read."""
         left = asyncio.ensure_future(_departure(receive))
         running = asyncio.ensure_future(self.app(scope, _replayed(b"", _never), reply.send))
-        self._reads.add(read)
         try:
             done, _ = await asyncio.wait(
                 {running, left, read.ended}, timeout=seconds_left(read.claims), return_when=asyncio.FIRST_COMPLETED
@@ -239,17 +243,21 @@ class _Reply:
         if self.started:
             return await self._send({"type": "http.response.body", "body": b"", "more_body": False})
         query = parse_qs(scope["query_string"].decode("latin-1"))
-        offset = query.get("offset", ["now"])[0]
-        if query.get("live") != ["long-poll"] or offset in {"now", "-1"}:
+        offset, cursor = (query.get(name, [""])[0] for name in ("offset", "cursor"))
+        if query.get("live") != ["long-poll"] or offset in {"now", "-1"} or not _fit_for_a_header(offset):
             return await self.refuse(status)
         headers: Headers = [
-            (b"stream-next-offset", offset.encode("latin-1")),
+            (b"stream-next-offset", offset.encode()),
             (b"stream-up-to-date", b"true"),
             (b"cache-control", b"no-store"),
         ]
-        if "cursor" in query:
-            headers.append((b"stream-cursor", query["cursor"][0].encode("latin-1")))
+        if _fit_for_a_header(cursor):
+            headers.append((b"stream-cursor", cursor.encode()))
         return await answer(self._send, 204, [*headers, *self._cors])
+
+
+def _fit_for_a_header(text: str) -> bool:
+    return text.isascii() and text.isprintable() and text != ""
 
 
 def _without_cors(message: Message) -> Headers:
