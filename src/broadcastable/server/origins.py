@@ -15,12 +15,12 @@ EXPOSED = (
 )
 """Response headers that a page may read: those of the protocol."""
 
-_REQUEST_HEADERS = (
+REQUEST_HEADERS = (
     "Authorization, Content-Type, If-None-Match, Cache-Control, Last-Event-ID, Stream-Seq, Stream-Closed, Producer-Id, "
     "Producer-Epoch, Producer-Seq"
 )
 _CLIENT_METHODS = "GET, HEAD, POST"  # the others need a server token, which no page has
-_PREFLIGHT_SECONDS = "600"
+PREFLIGHT_SECONDS = "600"
 
 
 class Origins:
@@ -64,8 +64,8 @@ class Origins:
             return None
         return [
             (b"access-control-allow-methods", _CLIENT_METHODS.encode()),
-            (b"access-control-allow-headers", _REQUEST_HEADERS.encode()),
-            (b"access-control-max-age", _PREFLIGHT_SECONDS.encode()),
+            (b"access-control-allow-headers", REQUEST_HEADERS.encode()),
+            (b"access-control-max-age", PREFLIGHT_SECONDS.encode()),
             *self.headers_for(origin),
         ]
 
