@@ -311,6 +311,9 @@ def test_two_claims_that_both_make_the_streams_state_do_not_both_win(app: sa.Eng
         for thread in threads:
             thread.join()
         assert sorted(frame is not None for frame in frames) == [False, False, False, True]
+        # Those who came later must not take the winner's rows out of its frame.
+        (won,) = filter(None, frames)
+        assert outbox.anchor(won, "0").events == won.events
 
 
 def test_the_epoch_is_the_databases_time(outbox: DatabaseOutbox) -> None:
