@@ -277,6 +277,7 @@ def test_a_page_and_the_application_catch_up_when_the_server_was_away(
     restartable.start()
     page.await_txid(last, timeout=60)
     page.await_txid(app.commit(Message(id="m4", room_id=1, body="after")), timeout=60)
+    assert [event["key"] for event in page.read(messages)["items"]] == [f"m{n}" for n in range(5)]
     assert [event["key"] for event in page.events()] == [f"m{n}" for n in range(5)]
     assert [row["id"] for row in page.rows("messages")] == [f"m{n}" for n in range(5)]
 
