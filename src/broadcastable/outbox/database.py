@@ -208,8 +208,10 @@ class DatabaseOutbox:
                 if not self._has_rows(connection, stream):
                     return None
                 self._make_states(connection, [stream])
-                self._free(connection, stream)
                 state = self._lock(connection, stream)
+                if state is not None and state.count == 0:
+                    # Under the lock, and not when somebody else has made the state and frozen a frame meanwhile.
+                    self._free(connection, stream)
             if state is None or not _is_free(state, lease):
                 return None
             begun, count = state.count > 0, state.count
