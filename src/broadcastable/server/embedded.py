@@ -24,6 +24,7 @@ from .redaction import RedactTokens
 
 try:
     import uvicorn
+    from uvicorn.config import LOGGING_CONFIG
 
     from .rakaia_streams import rakaia_app
 except ImportError as error:
@@ -220,7 +221,7 @@ class _Server(uvicorn.Server):
 
 def _log_config() -> dict[str, Any]:
     """uvicorn's own log lines, with tokens taken out whoever puts them in."""
-    config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    config = copy.deepcopy(LOGGING_CONFIG)
     config["filters"] = {"redact": {"()": RedactTokens}}
     for handler in config["handlers"].values():
         handler["filters"] = ["redact"]
