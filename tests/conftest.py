@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import hypothesis
 import pytest
 import redis
 import sqlalchemy as sa
@@ -25,6 +26,11 @@ from tests import services
 from tests.state_protocol import Tap
 
 pytest_plugins = ["pytester"]
+
+# No deadline: a slow machine is no fault. The nightly run looks longer.
+hypothesis.settings.register_profile("checks", deadline=None)
+hypothesis.settings.register_profile("nightly", deadline=None, max_examples=5_000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "checks"))
 
 BACKENDS = ("sqlite", "postgres", *(("mariadb",) if os.environ.get("MARIADB_URL") else ()))
 
