@@ -9,34 +9,30 @@ from __future__ import annotations
 
 import datetime
 import decimal
-import inspect
 import logging
-import types
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
-from typing import Any, Concatenate, Final, ParamSpec, TypeAlias, TypeVar
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.orm import InstanceState, Mapper, Session, UOWTransaction
+from sqlalchemy.orm import Mapper, Session, UOWTransaction
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.orm.base import NO_VALUE
 
 from . import transactions, unsent
-from .completion import NO_STREAM, PathReader, RowReader, Underway, Unplaced, changes_at, report_failure, select_rows
+from .completion import NO_STREAM, Unplaced, report_failure, select_rows
 from .declarations import PLAN_ATTRIBUTE, PathTarget, Plan, RecordTarget, Route
-from .events import encode_json
+from .recording import NOWHERE, Handle, Notes, Recording, RecordView, State, notes_of
 from .suppression import is_suppressed
-from .transactions import Buffers, Change, Changes, Delivery, EntityKey, Level, Unread, buffers_of, coalesce
+from .transactions import Change, Delivery, EntityKey, Level, Unread, buffers_of, coalesce
 from .values import key_text
 
 log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-State: TypeAlias = InstanceState[Any]
 
 _by_insert_order = attrgetter("insert_order")
 
@@ -48,7 +44,7 @@ def _after_flush(session: Session, context: UOWTransaction) -> None:
     if not plans:
         return
     buffers = buffers_of(session)
-    notes = _notes_of(buffers)
+    notes = notes_of(buffers)
     plans = [(plan, mapper) for plan, mapper in plans if not is_suppressed(mapper.class_)]
     if plans:
         level = buffers.level(session)
@@ -60,41 +56,10 @@ def _after_flush(session: Session, context: UOWTransaction) -> None:
         buffers.finish(session)
 
 
-class _Notes:
-    """What the capture remembers of a transaction, and of the flush under way."""
-
-    def __init__(self) -> None:
-        # Of the flush: values that attributes had before it, where the unit of work does not know them.
-        self.known_before: dict[State, dict[str, Any]] = {}
-        # Of the flush: attributes set to an SQL expression; their history is gone when it ends.
-        self.expressions: dict[State, set[str]] = {}
-        self.failed: set[Route] = set()
-        self._rows: dict[Plan, RowReader] = {}
-        self._paths: PathReader | None = None
-
-    def paths(self, delivery: Delivery) -> PathReader:
-        if self._paths is None:
-            self._paths = PathReader(delivery)
-        return self._paths
-
-    def rows(self, plan: Plan, delivery: Delivery) -> RowReader:
-        found = self._rows.get(plan)
-        if found is None:
-            found = self._rows[plan] = RowReader(plan, delivery, self.paths(delivery))
-        return found
-
-
-def _notes_of(buffers: Buffers) -> _Notes:
-    if buffers.notes is None:
-        buffers.notes = _Notes()
-    notes: _Notes = buffers.notes
-    return notes
-
-
 class _Flushed:
     """The rows of one class that a flush wrote."""
 
-    def __init__(self, plan: Plan, mapper: Mapper[Any], context: UOWTransaction, notes: _Notes) -> None:
+    def __init__(self, plan: Plan, mapper: Mapper[Any], context: UOWTransaction, notes: Notes) -> None:
         self.plan = plan
         self._expressions = notes.expressions
         self.inserted: list[State] = []
@@ -135,26 +100,15 @@ class _Flushed:
         return changed
 
 
-Handle: TypeAlias = Any
-"""Where a route leads for one row: the values of its target's columns, or the stream's name from a function."""
-
-_NOWHERE: Handle = object()
-
-
-class _Flush:
+class _Flush(Recording):
     """Takes what one flush wrote to the buffer of its transaction."""
 
-    def __init__(self, notes: _Notes, level: Level, delivery: Delivery, context: UOWTransaction) -> None:
-        self._notes = notes
-        self._level = level
-        self._delivery = delivery
+    def __init__(self, notes: Notes, level: Level, delivery: Delivery, context: UOWTransaction) -> None:
+        super().__init__(context.session, notes, level, delivery)
         self._context = context
-        self._session: Session = context.session
-        self._app = delivery.settings.gid_app
-        self._keys_as_strings = delivery.settings.keys_as_strings
 
     def capture(self, plans: Sequence[tuple[Plan, Mapper[Any]]]) -> None:
-        flushed = [_Flushed(plan, mapper, self._context, self._notes) for plan, mapper in plans]
+        flushed = [_Flushed(plan, mapper, self._context, self.notes) for plan, mapper in plans]
         arriving: list[tuple[Route, State, Handle, EntityKey, Change]] = []
         for each in flushed:
             for route in each.plan.routes:
@@ -181,9 +135,8 @@ class _Flush:
     def _remove(self, route: Route, state: State) -> None:
         row = self._before(route.plan, state)
         handle = tuple(row[name] for name in route.target_attributes)
-        self._add(
-            route, state, handle, (route.type, _old_key(state)), (True, False, None, self._old(route, row), route.on)
-        )
+        change: Change = (True, False, None, self.old_value(route, row), route.on)
+        self.add(route, handle, (route.type, _old_key(state)), change)
 
     def _insert_direct(self, route: Route, flushed: _Flushed) -> None:
         if not flushed.inserted:
@@ -193,8 +146,8 @@ class _Flush:
                 self._guarded(self._arrive, route, state, False)
             return
         # The common case, and many rows of it: nothing here is a call that can be avoided.
-        streams = self._level.lookups.setdefault(route, {})
-        encode = route.encoder(keys_as_strings=self._keys_as_strings, absent_is_null=True)
+        streams = self.level.lookups.setdefault(route, {})
+        encode = route.encoder(keys_as_strings=self.keys_as_strings, absent_is_null=True)
         target_of = route.target_of_new
         needed, type_, on = route.attributes, route.type, route.on
         for state in flushed.inserted:
@@ -207,7 +160,7 @@ class _Flush:
                 target = target_of(row)
                 changes = streams.get(target)
                 if changes is None:
-                    changes = streams[target] = self._open(route, target)
+                    changes = streams[target] = self.open(route, target)
                 if changes is NO_STREAM:
                     continue
                 key, body = encode(row)
@@ -227,8 +180,8 @@ class _Flush:
                 existed = changed.isdisjoint(route.placing)
                 self._guarded(self._arrive, route, state, existed)
             return
-        streams = self._level.lookups.setdefault(route, {})
-        encode = route.encoder(keys_as_strings=self._keys_as_strings, absent_is_null=False)
+        streams = self.level.lookups.setdefault(route, {})
+        encode = route.encoder(keys_as_strings=self.keys_as_strings, absent_is_null=False)
         target_of = route.target_of
         placing, type_, on = route.placing, route.type, route.on
         for state, changed in flushed.updated:
@@ -237,7 +190,7 @@ class _Flush:
                 target = target_of(row)
                 changes = streams.get(target)
                 if changes is None:
-                    changes = streams[target] = self._open(route, target)
+                    changes = streams[target] = self.open(route, target)
                 if changes is NO_STREAM:
                     continue
                 key, body = encode(row)
@@ -251,21 +204,21 @@ class _Flush:
     def _arrive(self, route: Route, state: State, existed: bool) -> None:
         """The careful way: for rows that are not known whole, old values, and paths."""
         row = _as_stored(route.plan, state)
-        old = self._old(route, self._before(route.plan, state)) if existed else None
+        old = self.old_value(route, self._before(route.plan, state)) if existed else None
         identity = _new_identity(route.plan, state)
-        reader = self._notes.rows(route.plan, self._delivery)
+        reader = self.notes.rows(route.plan, self.delivery)
         if any(name not in row for name in route.target_attributes):
-            self._level.wait_for(reader, Unplaced(route, identity, existed, old))
+            self.level.wait_for(reader, Unplaced(route, identity, existed, old))
             return
         handle = tuple(row[name] for name in route.target_attributes)
         body: bytes | Unread
         try:
-            encode = route.encoder(keys_as_strings=self._keys_as_strings, absent_is_null=False)
+            encode = route.encoder(keys_as_strings=self.keys_as_strings, absent_is_null=False)
             body = encode(row)[1]
         except KeyError:
             body = Unread(identity)
-            self._level.wait_for(reader, (route, body))
-        self._add(route, state, handle, (route.type, key_text(identity)), (existed, True, body, old, route.on))
+            self.level.wait_for(reader, (route, body))
+        self.add(route, handle, (route.type, key_text(identity)), (existed, True, body, old, route.on))
 
     # Routes with functions of the application
 
@@ -288,19 +241,19 @@ class _Flush:
     def _leave_indirect(self, route: Route, state: State) -> None:
         row = self._before(route.plan, state)
         record = state.obj()
-        handle, entity = self._place_before(route, state, record, row, fallback=_NOWHERE)
-        if handle is not _NOWHERE:
-            self._add(route, state, handle, entity, (True, False, None, self._old(route, row), route.on))
+        handle, entity = self._place_before(route, state, record, row, fallback=NOWHERE)
+        if handle is not NOWHERE:
+            self.add(route, handle, entity, (True, False, None, self.old_value(route, row), route.on))
 
     def _update_indirect(self, route: Route, state: State) -> tuple[Handle, EntityKey, Change] | None:
         row = self._before(route.plan, state)
         record = state.obj()
-        now = self._place(route, record, state.dict)
+        now = self.place(route, record, state.dict)
         was = self._place_before(route, state, record, row, fallback=now[0])
-        if was == now and now[0] is not _NOWHERE:
-            return self._arrive_indirect(route, state, self._old(route, row), place=now, existed=True)
-        if was[0] is not _NOWHERE:
-            self._add(route, state, *was, (True, False, None, self._old(route, row), route.on))
+        if was == now and now[0] is not NOWHERE:
+            return self._arrive_indirect(route, state, self.old_value(route, row), place=now, existed=True)
+        if was[0] is not NOWHERE:
+            self.add(route, *was, (True, False, None, self.old_value(route, row), route.on))
         return self._arrive_indirect(route, state, None, place=now)
 
     def _arrive_indirect(
@@ -313,43 +266,30 @@ class _Flush:
         existed: bool = False,
     ) -> tuple[Handle, EntityKey, Change] | None:
         record = state.obj()
-        handle, entity = place or self._place(route, record, state.dict)
-        if handle is _NOWHERE:
+        handle, entity = place or self.place(route, record, state.dict)
+        if handle is NOWHERE:
             if unsent.listeners:
                 unsent.note(unsent.Reason.UNWANTED, model=route.plan.name)
             return None
         row = _as_stored(route.plan, state)
         if route.value_of is not None:
-            value = route.value_of(record, row, self._keys_as_strings)
+            value = route.value_of(record, row, self.keys_as_strings)
         else:
-            value = route.plan.reader(keys_as_strings=self._keys_as_strings)(row)
+            value = route.plan.reader(keys_as_strings=self.keys_as_strings)(row)
         return handle, entity, (existed, True, route.encode(entity[1], value), old, route.on)
-
-    def _place(self, route: Route, record: Any, row: Any) -> tuple[Handle, EntityKey]:
-        key = (
-            key_text((route.key_of(record),))
-            if route.key_of is not None
-            else key_text([row[name] for name in route.plan.key])
-        )
-        entity = (route.type, key)
-        if route.when is not None and not route.when(record):
-            return _NOWHERE, entity
-        if isinstance(route.target, RecordTarget):
-            return route.target.name(record, self._app) or _NOWHERE, entity
-        return tuple(row.get(name) for name in route.target_attributes), entity
 
     def _place_before(
         self, route: Route, state: State, record: Any, row: dict[str, Any], *, fallback: Handle
     ) -> tuple[Handle, EntityKey]:
-        before = _RecordBefore(record, row, route.plan)
+        before = RecordView(route.plan, row, record)
         try:
-            return self._place(route, before, row)
+            return self.place(route, before, row)
         except Exception as error:
             # What cannot be told of the past (a function that asks the database, a column nobody had loaded) is taken
             # to be as it is now; a reader ignores the delete of a key that it does not have.
             log.debug("%s %s: where it was before is not known (%s)", route.plan.name, _old_key(state), error)
             entity = (route.type, _old_key(state))
-            if fallback is _NOWHERE and not isinstance(route.target, RecordTarget):
+            if fallback is NOWHERE and not isinstance(route.target, RecordTarget):
                 return tuple(row[name] for name in route.target_attributes), entity
             return fallback, entity
 
@@ -359,7 +299,7 @@ class _Flush:
         missing = [state for state in states if any(name not in _as_stored(plan, state) for name in names)]
         if not missing:
             return
-        connection = self._session.connection(bind_arguments={"mapper": plan.mapper})
+        connection = self.session.connection(bind_arguments={"mapper": plan.mapper})
         identities = [_new_identity(plan, state) for state in missing]
         rows = select_rows(connection, plan.mapper, names, plan.key, identities)
         for state in missing:
@@ -378,36 +318,13 @@ class _Flush:
                     row.pop(name, None)
                 else:
                     row[name] = old
-        row.update(self._notes.known_before.get(state, ()))
+        row.update(self.notes.known_before.get(state, ()))
         if state.key is not None:
             row.update(zip(plan.key, state.key[1], strict=True))
         return row
 
-    def _old(self, route: Route, row: dict[str, Any]) -> bytes | None:
-        if not route.old_value:
-            return None
-        reader = route.plan.reader(keys_as_strings=self._keys_as_strings)
-        try:
-            return encode_json(reader(row))
-        except KeyError:
-            return None
-
-    def _open(self, route: Route, target: Any) -> Changes:
-        values = target if isinstance(target, tuple) else (target,)
-        return changes_at(route, values, self._level, self._delivery)
-
     def _add(self, route: Route, state: State, handle: Handle, entity: EntityKey, change: Change) -> None:
-        if isinstance(route.target, RecordTarget):
-            changes = self._level.stream(self._delivery, handle).changes
-        elif isinstance(route.target, PathTarget):
-            if all(value is not None for value in handle):
-                underway = Underway(route, handle, entity, change)
-                self._notes.paths(self._delivery).add(self._session, self._level, underway)
-            return
-        else:
-            changes = changes_at(route, handle, self._level, self._delivery)
-        if changes is not NO_STREAM:
-            coalesce(changes, entity, change)
+        self.add(route, handle, entity, change)
 
     def _guarded(
         self,
@@ -425,8 +342,8 @@ class _Flush:
             return None
 
     def _failed(self, route: Route, state: State, error: Exception) -> None:
-        first = route not in self._notes.failed
-        self._notes.failed.add(route)
+        first = route not in self.notes.failed
+        self.notes.failed.add(route)
         key = _old_key(state) if state.key is not None else state.dict.get(route.plan.key[0])
         report_failure(route.plan.name, key, route, error, first=first)
 
@@ -456,28 +373,6 @@ def _old_key(state: State) -> str:
     return key_text(state.key[1])
 
 
-class _RecordBefore:
-    """Shows the application's own functions a record as it was before the flush; its relationships as they are now.
-
-    Methods and properties of the class run on this view, so that `when=lambda message: message.is_public()` works.
-    """
-
-    def __init__(self, record: Any, row: dict[str, Any], plan: Plan) -> None:
-        self.__dict__.update(_broadcastable_before=(record, row, plan))
-
-    def __getattr__(self, name: str) -> Any:
-        record, row, plan = self.__dict__["_broadcastable_before"]
-        if name in row:
-            return row[name]
-        if name in plan.equal:
-            raise AttributeError(f"What {plan.name}.{name} was before the flush is not known")
-        attribute = inspect.getattr_static(type(record), name, None)
-        if isinstance(attribute, types.FunctionType):
-            return types.MethodType(attribute, self)
-        getter = getattr(attribute, "fget", None)  # property, hybrid_property
-        return getter(self) if getter is not None else getattr(record, name)
-
-
 # Before the flush writes
 
 _PLAIN: Final = frozenset(
@@ -495,7 +390,7 @@ def _before_update(mapper: Mapper[Any], connection: sa.Connection, state: State)
     for name, old in committed.items():
         value = row.get(name)
         if value.__class__ not in _PLAIN and name in plan.equal and _is_expression(value):
-            notes = _notes_of(buffers_of(_session_of(state)))
+            notes = notes_of(buffers_of(_session_of(state)))
             notes.expressions.setdefault(state, set()).add(name)
             if old is not NO_VALUE:
                 notes.known_before.setdefault(state, {})[name] = old
@@ -528,7 +423,7 @@ def _unknown_before(plan: Plan, state: State) -> set[str]:
 def _read_before(plan: Plan, connection: sa.Connection, state: State) -> None:
     """Read what is unknown of *state*, and in the same statement of all others of its class that are in this flush."""
     session = _session_of(state)
-    notes = _notes_of(buffers_of(session))
+    notes = notes_of(buffers_of(session))
     if state in notes.known_before and not _unknown_before(plan, state) - notes.known_before[state].keys():
         return
     if is_suppressed(plan.mapper.class_):

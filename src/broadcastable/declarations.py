@@ -467,6 +467,8 @@ class Plan:
 
 PLAN_ATTRIBUTE: Final = "__stream_plan__"
 
+_TABLE_INFO_KEY: Final = "_broadcastable_plan"
+
 
 def plan_for(mapper: Mapper[Any]) -> Plan | None:
     """The plan of a mapped class, None when it declares no streams; made at the first call.
@@ -479,8 +481,16 @@ def plan_for(mapper: Mapper[Any]) -> Plan | None:
         declared = declarations_of(cls)
         plan = Plan(mapper, declared) if declared else None
         type.__setattr__(cls, PLAN_ATTRIBUTE, plan)
+        inherited = mapper.inherits is not None and mapper.inherits.local_table is mapper.local_table
+        if plan is not None and isinstance(mapper.local_table, sa.Table) and not inherited:
+            mapper.local_table.info[_TABLE_INFO_KEY] = plan
     found: Plan | None = cls.__dict__[PLAN_ATTRIBUTE]
     return found
+
+
+def plan_of_table(table: Any) -> Plan | None:
+    """The plan of the class that is mapped to *table*, for statements on the table itself."""
+    return table.info.get(_TABLE_INFO_KEY) if isinstance(table, sa.Table) else None
 
 
 def declarations_of(cls: type) -> tuple[StreamDeclaration, ...]:

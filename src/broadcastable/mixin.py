@@ -14,7 +14,7 @@ from sqlalchemy.exc import MissingGreenlet
 from sqlalchemy.orm import InstanceState, Mapper
 from sqlalchemy.orm.exc import DetachedInstanceError
 
-from . import capture
+from . import bulk, capture
 from .declarations import StreamDeclaration, plan_for, stream_type
 from .errors import UnknownModelError, UsageError
 from .events import Operation
@@ -258,6 +258,7 @@ def _after_configured() -> None:
 def install() -> None:
     """Capture the changes of all sessions. The first `Broadcastable` class does it; doing it again changes nothing."""
     capture.install(Broadcastable)
+    bulk.install()
     if not event.contains(Mapper, "after_configured", _after_configured):
         event.listen(Mapper, "after_configured", _after_configured)
 
@@ -265,5 +266,6 @@ def install() -> None:
 def remove() -> None:
     """Capture nothing more, and listen to nothing."""
     capture.remove(Broadcastable)
+    bulk.remove()
     if event.contains(Mapper, "after_configured", _after_configured):
         event.remove(Mapper, "after_configured", _after_configured)

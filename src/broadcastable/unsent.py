@@ -20,6 +20,7 @@ class Reason(StrEnum):
     CLOSED = "its session was closed without commit"
     SUPPRESSED = "inside suppressing_streams()"
     UNCHANGED = "the update changed no column"
+    BULK = 'changed by a bulk statement: set __stream_bulk__ to "capture"'
     UNWANTED = "when= was false, or its target named no stream"
 
 
