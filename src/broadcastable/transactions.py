@@ -160,6 +160,10 @@ class StreamChanges:
     def explicit(self) -> int:
         return sum(isinstance(item, _Explicit) for item in self._closed)
 
+    @property
+    def count(self) -> int:
+        return len(self._closed) + len(self.changes)
+
     def __iter__(self) -> Iterator[tuple[EntityKey, Change] | _Explicit]:
         yield from self._closed
         yield from self.changes.items()
@@ -297,10 +301,13 @@ class Level:
         return sum(each.explicit for _, streams in self._deliveries.values() for each in streams.values())
 
     def waiting(self) -> Counter[str]:
-        """How many events wait here, by stream."""
-        return Counter(
-            {name: len(list(changes)) for _, streams in self._deliveries.values() for name, changes in streams.items()}
-        )
+        """How many events wait here, by stream. May be asked from another thread than the session's."""
+        counts: Counter[str] = Counter()
+        # Copies first: they are made at a stroke, while a loop would trip over what the session's thread adds.
+        for _, streams in list(self._deliveries.values()):
+            for name, changes in list(streams.items()):
+                counts[name] += changes.count
+        return counts
 
     def note_unsent(self, reason: unsent.Reason) -> None:
         for stream, count in self.waiting().items():
@@ -454,9 +461,9 @@ def _is_joined(session: Session, levels: dict[SessionTransaction, Level]) -> boo
 
 
 def waiting(session: Session) -> Counter[str]:
-    """How many events wait for the end of *session*'s transaction, by stream. No I/O."""
+    """How many events wait for the end of *session*'s transaction, by stream. No I/O; from any thread."""
     buffers: Buffers | None = session.info.get(_BUFFERS_KEY)
-    levels = buffers.levels.values() if buffers is not None else ()
+    levels = list(buffers.levels.values()) if buffers is not None else []
     return sum((level.waiting() for level in levels), Counter())
 
 

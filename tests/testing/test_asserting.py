@@ -6,6 +6,7 @@ import asyncio
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import UTC, date, datetime
 from pathlib import Path
 from unittest import mock
@@ -255,6 +256,18 @@ def test_a_statement_that_spans_lines_or_takes_a_starred_argument_is_one_too(bro
             assert_broadcasts("rooms")
 
 
+def test_a_call_whose_result_goes_somewhere_waits_for_its_block(broadcasts: Recording) -> None:
+    """None of these must check at once, and with that fail."""
+    assigned = assert_broadcasts("rooms")
+    listed = [assert_broadcasts("rooms"), (lambda: assert_broadcasts("rooms"))()]
+    with ExitStack() as stack, pytest.raises(AssertionError):
+        stack.enter_context(assert_broadcasts("rooms"))
+        for each in (assigned, *listed):
+            with pytest.raises(AssertionError), each:
+                pass
+        stack.close()
+
+
 def test_an_assertion_that_a_function_returns_waits_for_its_block(
     durable_streams: DurableStreams, broadcasts: Recording
 ) -> None:
@@ -316,6 +329,8 @@ def test_a_capture_without_a_block_has_the_test_so_far(durable_streams: DurableS
     assert [each.value["name"] for each in seen] == ["a"]
     assert not seen[0].deferred
     assert seen == capture_broadcasts("rooms")[:1]
+    assert seen != capture_broadcasts("rooms")
+    assert repr(seen) == repr([seen[0]])
 
 
 def test_a_capture_stays_as_it_is_after_its_block(durable_streams: DurableStreams) -> None:

@@ -46,10 +46,10 @@ class BroadcastAssertion:
         """
         __tracebackhide__ = True
         self.used = True
-        seen, unsent = recorder.between(start, None)
+        seen = recorder.since(start)
         found = sum(self._target.covers(each.stream) and self._wanted.matches(each) for each in seen)
         if found != self._count if self._count is not None else not found:
-            raise AssertionError(report(self._target, self._wanted, self._count, seen, unsent))
+            raise AssertionError(report(self._target, self._wanted, self._count, seen, recorder.unsent_since(start)))
 
     def __enter__(self) -> None:
         self.used = True
@@ -227,4 +227,4 @@ def capture_broadcasts(*streamables: Streamable, exact: bool = False) -> Capture
 
 
 def _covered(target: Target, start: tuple[int, int]) -> list[Broadcast]:
-    return [each for each in recorder.between(start, None)[0] if target.covers(each.stream)]
+    return [each for each in recorder.since(start) if target.covers(each.stream)]

@@ -82,23 +82,24 @@ class Recorder:
         return keep
 
     def mark(self) -> tuple[int, int]:
-        """Where the record stands: a beginning or an end for `between`."""
+        """Where the record stands, for `since`."""
         with self._lock:
             return len(self._broadcasts), len(self._unsent)
 
-    def between(self, start: tuple[int, int], end: tuple[int, int] | None) -> tuple[list[Broadcast], list[Unsent]]:
-        """What was broadcast, and what was not, from *start* to *end* (None: now)."""
+    def since(self, start: tuple[int, int]) -> list[Broadcast]:
+        """What was broadcast since *start*, oldest first."""
         with self._lock:
-            last = end or self.mark()
-            unsent = self._unsent[start[1] : last[1]]
-            if end is None:
-                unsent += self._waiting()
-            return self._broadcasts[start[0] : last[0]], unsent
+            return self._broadcasts[start[0] :]
 
-    def _waiting(self) -> Iterator[Unsent]:
-        for session in list(self._sessions):
+    def unsent_since(self, start: tuple[int, int]) -> list[Unsent]:
+        """What was not sent since *start*, and what waits in an open transaction now."""
+        with self._lock:
+            unsent = self._unsent[start[1] :]
+            sessions = list(self._sessions)
+        for session in sessions:
             for stream, count in waiting(session).items():
-                yield from [Unsent(Reason.OPEN, stream=stream)] * count
+                unsent += [Unsent(Reason.OPEN, stream=stream)] * count
+        return unsent
 
     def deliver(self) -> None:
         """Send what is kept, in order, each through its sender's own outbox and relay, in this thread.
@@ -113,10 +114,6 @@ class Recorder:
             for stream in dict.fromkeys(batch.stream for batch in batches):
                 sender.relay.deliver(stream)
             _refuse_leftovers(sender)
-
-    @property
-    def is_recording(self) -> bool:
-        return self._holders > 0
 
 
 def _origin(url: str) -> str:
@@ -154,7 +151,7 @@ class Recording(Sequence[Broadcast]):
         return self._start
 
     def _seen(self) -> list[Broadcast]:
-        return recorder.between(self._start, None)[0]
+        return recorder.since(self._start)
 
     @overload
     def __getitem__(self, index: int) -> Broadcast: ...
