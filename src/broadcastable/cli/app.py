@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,12 @@ from broadcastable.errors import BroadcastableError
 
 from .console import fail, out
 from .demo.command import demo
+from .doctor import doctor
+from .install import install
+from .keys import keys
+from .server import caddyfile, server
+from .status import outbox, status
+from .tail import tail
 
 
 class _Commands(TyperGroup):
@@ -52,9 +59,14 @@ def broadcastable(
     """Durable Streams for SQLAlchemy."""
 
 
-app.command()(demo)
+for command in (demo, server, tail, status, doctor, install, caddyfile):
+    app.command()(command)
+app.add_typer(outbox, name="outbox")
+app.add_typer(keys, name="keys")
 
 
 def run() -> None:
     """Do what the command line says, and exit."""
+    # What matters to a person at a terminal is printed; an application's workers are the place for logs.
+    logging.getLogger("broadcastable").addHandler(logging.NullHandler())
     app()

@@ -23,6 +23,11 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False, default=str))
 
 
+def print_text(text: str) -> None:
+    """*text* as it is, for a file or a pipe."""
+    typer.echo(text, nl=False)
+
+
 def fail(sentence: str, *, code: int = 1) -> NoReturn:
     """Say why it was not done, in one sentence, and exit."""
     err.print(f"[bold red]Not done.[/] {_escaped(sentence)}")

@@ -1,0 +1,96 @@
+"""`broadcastable.toml`: how the stream server runs in each environment, for `server` and `caddyfile`."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from broadcastable.errors import ConfigurationError
+from broadcastable.settings import Settings
+
+FILE = Path("broadcastable.toml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfiguration:
+    """One table of the file; relative paths are relative to the file.
+
+    Attributes:
+        domain: The public host name; None for a port alone.
+        port: See `domain`.
+        tls: "auto", "internal", "off", or two paths.
+        data_dir: Where the streams are kept; None for in memory.
+        keys: PEM files whose tokens are taken, private or public. The settings' own keys when empty.
+        issuer, audience: As in the settings; the settings' own when None.
+        origins: Origins of pages that may call.
+    """
+
+    domain: str | None = None
+    port: int | None = None
+    tls: str | list[str] = "auto"
+    data_dir: str | None = None
+    keys: list[str] | None = None
+    issuer: str | None = None
+    audience: str | None = None
+    origins: list[str] | None = None
+
+    def settings(self, base: Settings) -> Settings:
+        """*base* with what this table says about tokens."""
+        changes: dict[str, Any] = {}
+        if self.keys:
+            changes |= {"signing_key": None, "signing_kid": None, "verify_keys": tuple(self.keys)}
+        if self.issuer is not None:
+            changes["token_issuer"] = self.issuer
+        if self.audience is not None:
+            changes["token_audience"] = self.audience
+        return base.replace(**changes)
+
+
+def read(path: Path, environment: str) -> ServerConfiguration:
+    """The table *environment* of the file at *path*.
+
+    Raises:
+        ConfigurationError: No such file or table, or an entry that is unknown or of the wrong type.
+    """
+    try:
+        tables = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}. Make one: broadcastable install") from error
+    except ValueError as error:
+        raise ConfigurationError(f"{path}: {error}") from error
+    table = tables.get(environment)
+    if not isinstance(table, dict):
+        known = ", ".join(tables) or "none"
+        raise ConfigurationError(f"{path} has no table [{environment}]; it has {known}")
+    return _checked(table, path, environment)
+
+
+def _checked(table: Mapping[str, Any], path: Path, environment: str) -> ServerConfiguration:
+    kinds = get_type_hints(ServerConfiguration)
+    for name, value in table.items():
+        if name not in kinds:
+            raise ConfigurationError(f"{path}, [{environment}]: {name} is unknown. Known are {', '.join(kinds)}")
+        allowed = tuple(list if kind == list[str] else kind for kind in get_args(kinds[name]))
+        items = value if isinstance(value, list) else []
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, allowed)
+            or not all(isinstance(each, str) for each in items)
+        ):
+            raise ConfigurationError(f"{path}, [{environment}]: {name} cannot be {value!r}")
+    values = dict(table)
+    values["keys"] = [str(_beside(path, each)) for each in table.get("keys", [])]
+    if "data_dir" in table:
+        values["data_dir"] = str(_beside(path, table["data_dir"]))
+    if isinstance(table.get("tls"), list):
+        if len(table["tls"]) != 2:
+            raise ConfigurationError(f"{path}, [{environment}]: tls names two files, a certificate and its key")
+        values["tls"] = [str(_beside(path, each)) for each in table["tls"]]
+    return ServerConfiguration(**values)
+
+
+def _beside(path: Path, name: str) -> Path:
+    return Path(name) if Path(name).is_absolute() else (path.parent / name)
