@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 import httpx
@@ -89,7 +90,7 @@ async def test_a_visitor_may_read_the_messages_of_the_room_and_gets_them(
     room: Room,
     durable_streams: DurableStreams,
     memory_streams: MemoryStreams,
-    drain,  # type: ignore[no-untyped-def]
+    drain: Callable[[], None],
 ) -> None:
     url = (await client.get(f"/rooms/{room.id}")).json()["messages"]
     token = httpx.URL(url).params["token"]
