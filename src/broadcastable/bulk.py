@@ -128,9 +128,11 @@ def _plan_of(statement: Any) -> Plan | None:
     """The plan of the model whose rows *statement* changes; None for anything else."""
     if not getattr(statement, "is_dml", False):
         return None
-    description = statement.entity_description
-    entity = description.get("entity")
-    return _plan_of_class(entity) if entity is not None else plan_of_table(description["table"])
+    try:
+        entity = statement.entity_description.get("entity")
+    except KeyError:  # a statement on a table, with a model's attributes in its WHERE clause (SQLAlchemy 2.1)
+        entity = None
+    return _plan_of_class(entity) if entity is not None else plan_of_table(statement.table)
 
 
 def _plan_of_class(entity: Any) -> Plan | None:
@@ -176,6 +178,9 @@ def _obstacle(plan: Plan, statement: Any, params: Any, session: Session) -> str:
     if len(plan.mapper.tables) > 1:
         return "an INSERT into the tables of joined inheritance returns no rows"
     many = isinstance(params, Sequence) and not isinstance(params, Mapping)
+    single = not many and not statement._multi_values and statement.select is None and not statement._returning
+    if single:
+        return ""
     if not dialect.insert_returning or (many and not dialect.insert_executemany_returning):
         return f"{dialect.name} has no RETURNING for it"
     return ""
@@ -229,10 +234,17 @@ class _Bulk:
     def insert(
         self, run: Callable[..., Any], statement: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Result[Any]:
-        """Run an INSERT and record what it returns."""
+        """Run an INSERT and record the new rows."""
+        params = args[0] if args else kwargs.get("params")
+        single = params is None or isinstance(params, Mapping)
+        upsert = getattr(statement, "_post_values_clause", None) is not None
+        if single and not (statement._multi_values or statement.select is not None or statement._returning or upsert):
+            # Its result tells the key, which that of an INSERT with RETURNING would not.
+            plain: Result[Any] = run(statement, *args, **kwargs)
+            self.record({}, self.read([tuple(plain.inserted_primary_key)]))  # type: ignore[attr-defined]
+            return plain
         result, rows = self._returning(run, statement, args, kwargs)
         # ON CONFLICT: whether a row was there before is not told, and an update is right in either case.
-        upsert = getattr(statement, "_post_values_clause", None) is not None
         self.record(rows if upsert else {}, rows)
         return result
 
@@ -288,7 +300,8 @@ class _Bulk:
         found = result.all()
         rows = self._by_key(dict(zip(plan.names, values[-len(columns) :], strict=True)) for values in found)
         if not own:
-            return result, rows
+            # What the ORM wraps in rows of its own has the cursor's result inside, and that has the row count.
+            return getattr(result, "raw", result), rows
         keys = list(result.keys())[: -len(columns)]
         asked_for = [tuple(values[: -len(columns)]) for values in found]
         return IteratorResult(SimpleResultMetaData(keys), iter(asked_for)), rows

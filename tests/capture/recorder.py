@@ -88,7 +88,9 @@ def fold(batches: Sequence[Batch]) -> Fold:
         for event in parsed([batch]):
             key = (event["type"], event["key"])
             operation = event["headers"]["operation"]
-            assert (key in rows) is (operation != "insert"), f"{operation} of {key} on {batch.stream}; it has {list(rows)}"
+            assert (key in rows) is (operation != "insert"), (
+                f"{operation} of {key} on {batch.stream}; it has {list(rows)}"
+            )
             assert event["headers"]["txid"] == batch.txid
             if operation == "delete":
                 del rows[key]

@@ -15,7 +15,14 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, SessionTransaction, mapped_column, relationship
@@ -163,7 +170,9 @@ class Programs(RuleBasedStateMachine):
     boxes = st.sampled_from([None, 1, 2, 3])
     labels = st.sampled_from([None, "a", "b"])
 
-    @rule(number=numbers, box=boxes, label=labels, hidden=st.booleans(), way=st.sampled_from(["key", "parent", "child"]))
+    @rule(
+        number=numbers, box=boxes, label=labels, hidden=st.booleans(), way=st.sampled_from(["key", "parent", "child"])
+    )
     def add(self, number: int, box: int | None, label: str | None, hidden: bool, way: str) -> None:
         def step(session: Session) -> None:
             identity = self.free_id(session, number)
@@ -200,7 +209,7 @@ class Programs(RuleBasedStateMachine):
     def change_nothing(self, number: int) -> None:
         def step(session: Session, thing: Thing) -> None:
             with session.no_autoflush:
-                thing.name = thing.name  # noqa: PLW0127 - loads it, and marks it as changed
+                thing.name = thing.name
 
         self.with_picked(number, step)
 
@@ -251,6 +260,70 @@ class Programs(RuleBasedStateMachine):
                     session.expunge(thing)
 
         self.with_picked(number, step)
+
+    def in_bulk(self, step: Callable[[Session], object]) -> None:
+        def flushed(session: Session) -> None:
+            session.flush()
+            step(session)
+            session.expire_all()  # the legacy methods leave the session's objects as they were
+
+        self.do(flushed)
+
+    @rule(label=labels, box=boxes, hidden=st.booleans(), orm=st.booleans())
+    def update_in_bulk(self, label: str | None, box: int | None, hidden: bool, orm: bool) -> None:
+        of = Thing if orm else Thing.__table__
+        statement = sa.update(of).where(Thing.label == label)
+        self.in_bulk(lambda session: session.execute(statement.values(box_id=box, hidden=hidden)))
+
+    @rule(label=labels, box=boxes)
+    def delete_in_bulk(self, label: str | None, box: int | None) -> None:
+        self.in_bulk(lambda session: session.execute(sa.delete(Thing).where(Thing.label == label, Thing.box_id == box)))
+
+    @rule(number=numbers, label=labels, box=boxes, way=st.sampled_from(["execute", "scalars", "values", "mappings"]))
+    def insert_in_bulk(self, number: int, label: str | None, box: int | None, way: str) -> None:
+        def step(session: Session) -> None:
+            identity = self.free_id(session, number)
+            if identity is None:
+                return
+            row = {"id": identity, "name": "bulk", "label": label, "box_id": box, "hidden": False}
+            if way == "execute":
+                session.execute(sa.insert(Thing), [row])
+            elif way == "scalars":
+                assert session.scalars(sa.insert(Thing).returning(Thing.name), [row]).all() == ["bulk"]
+            elif way == "values":
+                assert session.execute(sa.insert(Thing).values([row])).rowcount in (1, -1)
+            else:
+                session.bulk_insert_mappings(Thing, [row])
+
+        self.in_bulk(step)
+
+    @rule(number=numbers, name=st.sampled_from(["s", "t"]), box=boxes, way=st.sampled_from(["execute", "mappings"]))
+    def update_in_bulk_by_key(self, number: int, name: str, box: int | None, way: str) -> None:
+        def step(session: Session) -> None:
+            thing = self.pick(session, number)
+            if thing is None:
+                return
+            row = {"id": thing.id, "name": name, "box_id": box}
+            if way == "execute":
+                session.execute(sa.update(Thing), [row])
+            else:
+                session.bulk_update_mappings(Thing, [row])
+
+        self.in_bulk(step)
+
+    @rule(number=numbers, other=numbers, name=st.sampled_from(["v", "w"]), box=boxes)
+    def save_in_bulk(self, number: int, other: int, name: str, box: int | None) -> None:
+        def step(session: Session) -> None:
+            thing, identity = self.pick(session, number), self.free_id(session, other)
+            saved = [] if identity is None else [Thing(id=identity, name=name, box_id=box)]
+            if thing is not None:
+                assert thing.name
+                session.expunge(thing)
+                thing.name, thing.box_id = name, box
+                saved.append(thing)
+            session.bulk_save_objects(saved)
+
+        self.in_bulk(step)
 
     @rule(number=numbers, name=st.sampled_from(["p", "q"]))
     def change_suppressed(self, number: int, name: str) -> None:
