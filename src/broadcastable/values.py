@@ -103,6 +103,8 @@ _CONVERTERS: Final[dict[type, Callable[[Any], Any]]] = {
 
 def _to_json_by_kind(value: Any) -> Any:
     """The slow way, for subclasses and for types of other libraries."""
+    if value is sa.JSON.NULL:  # an int to isinstance()
+        return None
     if isinstance(value, enum.Enum):
         return str(value.value)
     if isinstance(value, msgspec.Struct):
@@ -126,8 +128,6 @@ def _to_json_by_kind(value: Any) -> Any:
         return _list(value)
     if isinstance(value, _ADDRESSES):
         return str(value)
-    if value is sa.JSON.NULL:
-        return None
     if hasattr(value, "model_dump"):  # Pydantic, without importing it
         return to_json_value(value.model_dump(mode="json"))
     if hasattr(value, "tolist"):  # numpy scalars and arrays
