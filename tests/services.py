@@ -68,8 +68,11 @@ class Valkey:
 
 
 @contextmanager
-def postgresql() -> Iterator[sa.URL]:
-    """A PostgreSQL server that lives as long as the block; the URL of its maintenance database, with psycopg."""
+def postgresql(**config: object) -> Iterator[sa.URL]:
+    """A PostgreSQL server that lives as long as the block; the URL of its maintenance database, with psycopg.
+
+    *config* goes to its postgresql.conf; that takes a second start.
+    """
     # Without a runtime directory platformdirs warns as soon as the package is imported.
     if "XDG_RUNTIME_DIR" not in os.environ:
         runtime = Path(tempfile.gettempdir()) / f"runtime-{os.getuid()}"
@@ -82,6 +85,10 @@ def postgresql() -> Iterator[sa.URL]:
     home = Path(tempfile.mkdtemp(prefix="postgresql-"))
     # Two processes must not both find the server's system user missing and create it.
     with fasteners.InterProcessLock(Path(tempfile.gettempdir()) / "broadcastable-postgresql.lock"):
+        if config:
+            get_server(home / "data", cleanup_mode="stop").cleanup()
+            with (home / "data" / "postgresql.conf").open("a") as file:
+                file.writelines(f"{name} = '{value}'\n" for name, value in config.items())
         server = get_server(home / "data", cleanup_mode="delete")
     try:
         url = sa.make_url(server.get_uri()).set(drivername="postgresql+psycopg")

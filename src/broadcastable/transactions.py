@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.exc import MissingGreenlet
-from sqlalchemy.orm import Mapper, Session, SessionTransaction
+from sqlalchemy.orm import Mapper, Session, SessionTransaction, scoped_session
 
 from . import unsent
 from .counters import counters
@@ -31,7 +31,7 @@ from .settings import Settings
 from .tracing import current_trace
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 
 log = logging.getLogger(__name__)
 
@@ -482,12 +482,23 @@ def buffers_of(session: Session) -> Buffers:
     return found
 
 
-def sync_session(session: Session | AsyncSession) -> Session:
-    """The `Session` itself, or the one behind an `AsyncSession`."""
-    return session if isinstance(session, Session) else session.sync_session
+AnySession: TypeAlias = "Session | scoped_session[Any] | AsyncSession | async_scoped_session[Any]"
 
 
-def txid(session: Session | AsyncSession) -> str:
+def sync_session(session: AnySession) -> Session:
+    """The `Session` itself, or the one behind an `AsyncSession` or a scoped session."""
+    if isinstance(session, Session):
+        return session
+    if isinstance(session, scoped_session):
+        registered: Session = session()
+        return registered
+    # The registry of async sessions has no `sync_session`; what it gives does.
+    present = session if hasattr(session, "sync_session") else session()
+    sync: Session = present.sync_session
+    return sync
+
+
+def txid(session: AnySession) -> str:
     """The id that every event of *session*'s present transaction carries; known before the commit.
 
     Before the first statement it is the id of the transaction that begins next. No I/O, except with
@@ -550,7 +561,7 @@ def defer(session: Session, delivery: Delivery, stream: str, event: ChangeEvent 
     buffers_of(session).level(session).stream(delivery, stream).append(explicit)
 
 
-def confirm_txid(session: Session | AsyncSession, *streamables: Streamable) -> str:
+def confirm_txid(session: AnySession, *streamables: Streamable) -> str:
     """See to it that readers of the stream *streamables* see the transaction's txid even if it changes nothing there.
 
     For a request that may turn out to change nothing, while a browser awaits its txid: when the transaction commits
