@@ -365,7 +365,8 @@ class DatabaseOutbox:
                 sa.select(waiting.c.stream, state.stream.label("known"))
                 .select_from(waiting.outerjoin(self._streams, state.stream == waiting.c.stream))
                 .where(waiting.c.put_at <= old, sa.or_(state.stream.is_(None), free))
-                .order_by(waiting.c.put_at)
+                # Those never woken go first, so that no stream waits for ever behind others that are woken in vain.
+                .order_by(sa.func.coalesce(state.woken_at, 0), waiting.c.put_at)
                 .limit(limit)
             )
             found = connection.execute(candidates).all()

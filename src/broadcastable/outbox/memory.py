@@ -275,13 +275,14 @@ class MemoryOutbox:
         with self._lock:
             now = self._clock()
             streams = [
-                (state.put_at[0], name)
+                (state.woken_at or 0.0, state.put_at[0], name)
                 for name, state in self._streams.items()
                 if state.is_claimable(now)
                 and now - state.put_at[0] >= older_than
                 and (state.woken_at is None or now - state.woken_at >= older_than)
             ]
-            due = [name for _, name in sorted(streams)[:limit]]
+            # Never woken first, so that no stream waits for ever behind others that are woken in vain.
+            due = [name for _, _, name in sorted(streams)[:limit]]
             for name in due:
                 self._streams[name].woken_at = now
             return due
