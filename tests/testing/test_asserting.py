@@ -19,7 +19,13 @@ from sqlalchemy.orm import Session
 
 from broadcastable.durable_streams import AsyncDurableStreams, DurableStreams, current
 from broadcastable.errors import BlankStreamables, UnsavedRecordError, UsageError
-from broadcastable.testing import Recording, assert_broadcasts, assert_no_broadcasts, capture_broadcasts
+from broadcastable.testing import (
+    Recording,
+    assert_broadcasts,
+    assert_no_broadcasts,
+    capture_broadcasts,
+    recording,
+)
 from tests.services import open_async_engine
 from tests.testing.chat import Base, Message, Room
 
@@ -239,6 +245,19 @@ def test_the_test_so_far_can_be_forgotten(durable_streams: DurableStreams, broad
     insert(durable_streams, "rooms", name="setting the stage")
     broadcasts.clear()
     assert_no_broadcasts()
+
+
+def test_of_recordings_within_each_other_the_innermost_is_looked_at(
+    durable_streams: DurableStreams, broadcasts: Recording
+) -> None:
+    insert(durable_streams, "rooms", name="outer")
+    with recording() as inner:
+        assert_no_broadcasts()
+        insert(durable_streams, "rooms", name="inner")
+        assert_broadcasts("rooms", count=1)
+        assert len(inner) == 1
+    assert_broadcasts("rooms", count=2)
+    assert len(broadcasts) == 2
 
 
 def test_a_statement_that_spans_lines_or_takes_a_starred_argument_is_one_too(broadcasts: Recording) -> None:
