@@ -292,6 +292,12 @@ class Level:
                 if batches:
                     yield delivery, batches
 
+    def streams(self, delivery: Delivery) -> Iterator[tuple[str, Changes]]:
+        """What was captured for each stream of *delivery*."""
+        _, streams = self._deliveries.get(id(delivery), (delivery, {}))
+        for name, stream in streams.items():
+            yield name, stream.changes
+
     def deliveries(self) -> list[Delivery]:
         return [delivery for delivery, _ in self._deliveries.values()]
 
