@@ -11,28 +11,25 @@ under a lock on the stream's row in `broadcastable_streams`, in short transactio
 from __future__ import annotations
 
 import os
-import struct
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from hashlib import blake2b
+from dataclasses import replace
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 import msgspec
 import sqlalchemy as sa
-from sqlalchemy import event
 from sqlalchemy.dialects import mysql, postgresql, sqlite
-from sqlalchemy.ext.asyncio import AsyncEngine
 
-from broadcastable.errors import ConfigurationError
 from broadcastable.events import Batch
 from broadcastable.settings import Settings
 
 from . import BatchMark, Frame, FrameId, PendingStream
+from .engines import Database, check, lends_its_pool, open_engine, sync_url
 from .framing import Limits, events_that_fit, new_lease
+from .rows import Stored, put_id_of, row_of, split, stored
 from .schema import MYSQL, ExactText, OutboxTables, now_ms, tables
 
 __all__ = ["DatabaseOutbox", "OutboxTables", "sync_url", "tables"]
@@ -76,7 +73,7 @@ class DatabaseOutbox:
 
     def __init__(
         self,
-        engine_or_url: sa.Engine | AsyncEngine | sa.URL | str | None,
+        engine_or_url: Database | None,
         *,
         namespace: str,
         max_frame_bytes: int,
@@ -94,8 +91,7 @@ class DatabaseOutbox:
         self._opened_by = 0
         self._opening = threading.Lock()
         self._tidy_at = time.monotonic() + TIDY_EVERY
-        if not isinstance(engine_or_url, sa.Engine | None):
-            sync_url(engine_or_url.url if isinstance(engine_or_url, AsyncEngine) else engine_or_url)
+        check(engine_or_url)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> DatabaseOutbox:
@@ -111,7 +107,7 @@ class DatabaseOutbox:
 
     def stage(self, connection: sa.Connection, batches: Sequence[Batch]) -> None:
         """See `Outbox.stage`. A statement holds at most 4 MiB of events, too; a larger batch has one of its own."""
-        self._insert(connection, [_row(batch) for batch in batches])
+        self._insert(connection, [row_of(batch) for batch in batches])
 
     def staged(self, streams: Sequence[str]) -> list[str]:
         """All of *streams*: only the database knows which have a wake-up queued, and the waker joins many into one."""
@@ -132,7 +128,7 @@ class DatabaseOutbox:
         return self._put(batches)
 
     def _put(self, batches: Sequence[Batch]) -> list[str]:
-        given = {_put_id(batch): batch for batch in batches}
+        given = {put_id_of(batch): batch for batch in batches}
         column = self._batches.c.put_id
         with self._transaction() as connection:
             for ids in _chunks(list(given)):
@@ -144,7 +140,7 @@ class DatabaseOutbox:
                 for put_id in given
             ]
             self._insert(connection, marks)
-            self._insert(connection, [_row(batch) for batch in given.values()])
+            self._insert(connection, [row_of(batch) for batch in given.values()])
             return self._woken_by_put(connection, list(dict.fromkeys(batch.stream for batch in given.values())))
 
     def _woken_by_put(self, connection: sa.Connection, streams: Sequence[str]) -> list[str]:
@@ -191,7 +187,8 @@ class DatabaseOutbox:
 
     def _insert_arrays(self, names: tuple[str, ...]) -> sa.Insert:
         rows = self._batches.c
-        arrays = [sa.bindparam(f"{name}_array", type_=postgresql.ARRAY(_plain(rows[name].type))) for name in names]
+        types = [postgresql.ARRAY(_plain(rows[name].type)) for name in names]
+        arrays = [sa.cast(sa.bindparam(f"{name}_array"), kind) for name, kind in zip(names, types, strict=True)]
         columns = [sa.column(name, rows[name].type) for name in names]
         given = sa.func.unnest(*arrays).table_valued(*columns, with_ordinality="number", name="given")
         given = given.render_derived()
@@ -421,7 +418,7 @@ class DatabaseOutbox:
         """Close the connections of the relay's own engine; the pool of an engine that was given stays as it is."""
         with self._opening:
             opened, self._opened = self._opened, None
-        if opened is not None and not self._shares_pool:
+        if opened is not None and not lends_its_pool(self._database):
             opened.dispose()
 
     # Rows of a stream
@@ -432,7 +429,7 @@ class DatabaseOutbox:
         payload = sa.case((rows.size <= self._limits.max_bytes, rows.payload), else_=None)
         return [rows.id, rows.created_at, rows.about, payload.label("payload")]
 
-    def _free_rows(self, connection: sa.Connection, state: Any) -> list[_Stored]:
+    def _free_rows(self, connection: sa.Connection, state: Any) -> list[Stored]:
         """Rows for a new frame: the one that was begun, then free ones by id, up to the first that is too much."""
         rows = self._batches.c
         head = sa.select(*self._columns()).where(rows.id == state.head_id)
@@ -451,21 +448,21 @@ class DatabaseOutbox:
             .where(summed.c.before < self._limits.max_bytes)
             .order_by(rows.id)
         )
-        return _stored([*([] if state.head_id is None else connection.execute(head)), *found])
+        return stored([*([] if state.head_id is None else connection.execute(head)), *found])
 
-    def _frozen_rows(self, connection: sa.Connection, state: Any) -> list[_Stored]:
+    def _frozen_rows(self, connection: sa.Connection, state: Any) -> list[Stored]:
         """Rows of the frozen frame, in its order."""
         rows = self._batches.c
         found = connection.execute(
             sa.select(*self._columns()).where(rows.stream == state.stream, rows.frame == state.frame).order_by(rows.id)
         ).all()
         # What was begun goes first, also before a lower id that was committed later.
-        return sorted(_stored(found), key=lambda row: row.id != state.head_id)
+        return sorted(stored(found), key=lambda row: row.id != state.head_id)
 
-    def _freeze(self, connection: sa.Connection, state: Any, rows: list[_Stored]) -> dict[str, Any]:
+    def _freeze(self, connection: sa.Connection, state: Any, rows: list[Stored]) -> dict[str, Any]:
         """Mark the rows that fit a frame, drop the others from *rows*, and return what the stream's row must say."""
         count = events_that_fit((row.lengths for row in rows), state.skip, self._limits)
-        taken, rest_id, rest = _split([(row.id, len(row.lengths)) for row in rows], state.skip, count)
+        taken, rest_id, rest = split([(row.id, len(row.lengths)) for row in rows], state.skip, count)
         del rows[len(taken) :]
         frame = state.frame + 1
         self._mark(connection, taken, frame)
@@ -507,7 +504,7 @@ class DatabaseOutbox:
         marked = sa.select(rows.id).where(rows.stream == stream, rows.frame != 0)
         self._mark(connection, list(connection.scalars(marked)), 0)
 
-    def _begin_anew(self, connection: sa.Connection, state: Any) -> tuple[Any, list[_Stored]]:
+    def _begin_anew(self, connection: sa.Connection, state: Any) -> tuple[Any, list[Stored]]:
         """Somebody deleted rows that were being sent. What is left goes out under a new epoch."""
         changes: dict[str, Any] = {"epoch": max(state.now, state.epoch + 1), "seq": 0}
         changes |= dict.fromkeys(("count", "skip", "rest"), 0) | dict.fromkeys(("head_id", "rest_id"))
@@ -525,12 +522,12 @@ class DatabaseOutbox:
             .order_by(rows.id)
         ).all()
         ordered = [(row.id, row.events) for row in sorted(found, key=lambda row: row.id != state.head_id)]
-        taken, rest_id, rest = _split(ordered, state.skip, count)
+        taken, rest_id, rest = split(ordered, state.skip, count)
         self._mark(connection, [row_id for row_id, _ in ordered[len(taken) :]], 0)
         return rest_id, rest
 
     def _frame(
-        self, connection: sa.Connection, state: Any, rows: Iterable[_Stored], count: int, *, begun: bool, lease: str
+        self, connection: sa.Connection, state: Any, rows: Iterable[Stored], count: int, *, begun: bool, lease: str
     ) -> Frame:
         events: list[bytes] = []
         marks: list[BatchMark] = []
@@ -603,10 +600,6 @@ class DatabaseOutbox:
 
     # Connections
 
-    @property
-    def _shares_pool(self) -> bool:
-        return isinstance(self._database, sa.Engine) and self._database.dialect.name != "sqlite"
-
     @contextmanager
     def _transaction(self) -> Iterator[sa.Connection]:
         with self._engine().begin() as connection:
@@ -619,77 +612,8 @@ class DatabaseOutbox:
                 self._opened.dispose(close=False)
                 self._opened = None
             if self._opened is None:
-                self._opened, self._opened_by = self._open(), os.getpid()
+                self._opened, self._opened_by = open_engine(self._database), os.getpid()
             return self._opened
-
-    def _open(self) -> sa.Engine:
-        database = self._database
-        if database is None:
-            raise ConfigurationError(
-                "To relay the database outbox, or to put into it outside a transaction, "
-                "set database_url (BROADCASTABLE_DATABASE_URL)"
-            )
-        if isinstance(database, sa.Engine) and database.dialect.name != "sqlite":
-            return database.execution_options(isolation_level="READ COMMITTED")
-        url = sync_url(database.url if isinstance(database, sa.Engine | AsyncEngine) else database)
-        if url.get_backend_name() != "sqlite":
-            return sa.create_engine(url, isolation_level="READ COMMITTED", pool_pre_ping=True)
-        engine = sa.create_engine(url, connect_args={"timeout": 30})
-        _begin_immediately(engine)
-        return engine
-
-
-SYNC_DRIVERS = {
-    "sqlite+aiosqlite": "sqlite",
-    "postgresql+asyncpg": "postgresql+psycopg",
-    "postgresql+psycopg_async": "postgresql+psycopg",
-    "mysql+aiomysql": "mysql+pymysql",
-    "mysql+asyncmy": "mysql+pymysql",
-    "mariadb+aiomysql": "mariadb+pymysql",
-    "mariadb+asyncmy": "mariadb+pymysql",
-}
-
-
-def sync_url(url: sa.URL | str) -> sa.URL:
-    """*url* with the synchronous driver of its backend: the relay works in threads.
-
-    Raises:
-        ConfigurationError: That driver is not installed, or the URL names an in-memory SQLite database.
-    """
-    parsed = sa.make_url(url)
-    parsed = parsed.set(drivername=SYNC_DRIVERS.get(parsed.drivername, parsed.drivername))
-    try:
-        dialect = parsed.get_dialect()
-        dialect.import_dbapi()
-    except (ImportError, sa.exc.NoSuchModuleError) as error:
-        raise ConfigurationError(
-            f"The database outbox is relayed with the driver {parsed.drivername!r}, which is not installed ({error}). "
-            "Install it, or set database_url to a synchronous driver that is"
-        ) from error
-    if parsed.get_backend_name() == "sqlite" and _is_in_memory(parsed):
-        raise ConfigurationError(
-            "The database outbox needs an SQLite file: an in-memory database is seen by one connection only. "
-            'Give database_url a path, or choose outbox="memory"'
-        )
-    return parsed
-
-
-def _is_in_memory(url: sa.URL) -> bool:
-    if url.query.get("cache") == "shared":
-        return False
-    return not url.database or url.database == ":memory:" or url.query.get("mode") == "memory"
-
-
-def _begin_immediately(engine: sa.Engine) -> None:
-    # A transaction that reads first and writes then fails at once when another wrote in between (SQLITE_BUSY_SNAPSHOT),
-    # whatever the timeout. SQLAlchemy documentation, SQLite, "Enabling non-legacy SQLite transactional modes".
-    @event.listens_for(engine, "connect")
-    def stop_the_driver_from_beginning(dbapi_connection: Any, record: Any) -> None:
-        dbapi_connection.isolation_level = None
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: sa.Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _own_tables(schema: str | None) -> OutboxTables:
@@ -717,77 +641,6 @@ def _is_deadlock(error: sa.exc.DBAPIError) -> bool:
 
 def _plain(column_type: sa.types.TypeEngine[Any]) -> sa.types.TypeEngine[Any]:
     return sa.String() if isinstance(column_type, ExactText) else column_type
-
-
-# A batch as a row
-
-
-class _About(msgspec.Struct, array_like=True):
-    id: str
-    txid: str
-    trace: str | None
-    packed_lengths: bytes
-
-
-@dataclass(slots=True)
-class _Stored:
-    """A row as it is read: `payload` is None when it is too large to be read whole."""
-
-    id: int
-    created_at: int
-    about: _About
-    lengths: tuple[int, ...]
-    payload: bytes | None
-
-
-def _row(batch: Batch) -> dict[str, Any]:
-    lengths = struct.pack(f">{len(batch.events)}I", *map(len, batch.events))
-    return {
-        "stream": batch.stream,
-        "created_at": batch.created_at,
-        "events": len(batch.events),
-        "size": batch.size + len(batch.events),
-        "about": msgspec.msgpack.encode(_About(batch.id, batch.txid, batch.trace, lengths)),
-        "payload": b"".join(batch.events),
-        "put_id": None,
-    }
-
-
-_read_about = msgspec.msgpack.Decoder(_About).decode
-
-
-def _stored(rows: Iterable[Any]) -> list[_Stored]:
-    stored: list[_Stored] = []
-    for row_id, created_at, packed, payload in rows:
-        about = _read_about(packed)
-        lengths = struct.unpack(f">{len(about.packed_lengths) // 4}I", about.packed_lengths)
-        stored.append(_Stored(row_id, created_at, about, lengths, None if payload is None else bytes(payload)))
-    return stored
-
-
-def _put_id(batch: Batch) -> str:
-    return batch.id if len(batch.id) <= 32 else blake2b(batch.id.encode(), digest_size=32).hexdigest()
-
-
-# Arithmetic of rows and states
-
-
-def _split(rows: Sequence[tuple[int, int]], skip: int, count: int) -> tuple[list[int], int | None, int]:
-    """The first *count* events after *skip* of *rows* (id, events): ids that hold them, and what of the last is left.
-
-    Returns:
-        The ids; the last one again when it is not done, else None; how many of its events are done then, else 0.
-    """
-    taken: list[int] = []
-    for row_id, events in rows:
-        if count == 0:
-            break
-        taken.append(row_id)
-        if events - skip > count:
-            return taken, row_id, skip + count
-        count -= events - skip
-        skip = 0
-    return taken, None, 0
 
 
 def _is_leased(state: Any, lease: str | None) -> bool:

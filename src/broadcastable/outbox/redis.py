@@ -1,5 +1,7 @@
 """The outbox in Redis (6.2 or later) or Valkey: shared by all processes, and it outlives each of them.
 
+Give it an eviction policy that leaves keys without an expiry alone (`noeviction`, `volatile-*`): what waits has none.
+
 Every stream has a queue, a state and the ids of its latest batches, under one hash tag, so each script touches one
 slot of a cluster. A script is one step that happens as a whole or not at all; all clocks are the server's.
 
