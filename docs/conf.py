@@ -61,6 +61,7 @@ napoleon_use_rtype = False
 napoleon_preprocess_types = False
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = f"broadcastable {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]

@@ -138,8 +138,8 @@ def _next_place(session: Session) -> float:
 
 def main() -> None:
     """Run the board with a stream server beside it, both in this process: `python board.py`."""
-    port = int(os.environ.get("PORT", "8000"))
-    with embedded_server(data_dir=HERE / "streams") as server:
+    port, stream_port = int(os.environ.get("PORT", "8000")), int(os.environ.get("STREAM_PORT", "4437"))
+    with embedded_server(port=stream_port, data_dir=HERE / "streams") as server:
         broadcastable.configure(server_url=server.url, signing_key=server.settings.signing_key)
         create_app().run(port=port, threaded=True)
 

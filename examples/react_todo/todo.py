@@ -118,10 +118,11 @@ def stored(db: Session) -> Stored:
 
 def main() -> None:
     Base.metadata.create_all(engine)
+    port, stream_port = int(os.environ.get("PORT", "8000")), int(os.environ.get("STREAM_PORT", "4437"))
     app.mount("/", StaticFiles(directory=HERE / "dist", html=True))
-    with embedded_server(data_dir=DATA / "streams") as server:
+    with embedded_server(port=stream_port, data_dir=DATA / "streams") as server:
         broadcastable.configure(server_url=server.url, signing_key=server.settings.signing_key)
-        uvicorn.run(app, port=int(os.environ.get("PORT", "8000")), log_level="warning")
+        uvicorn.run(app, port=port, log_level="warning")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -22,17 +23,37 @@ def built() -> Path:
     return HERE
 
 
+class Application:
+    """`todo.py`, on ports and with data that stay the same over restarts."""
+
+    def __init__(self, directory: Path, data: Path) -> None:
+        port = free_port()
+        self.address = f"http://127.0.0.1:{port}"
+        self._directory = directory
+        self._log = data / "log"
+        self._environ = {"PORT": str(port), "STREAM_PORT": str(free_port()), "TODO_DATA": str(data)}
+        self._holding = ExitStack()
+
+    def start(self) -> None:
+        self._holding.enter_context(running("todo", directory=self._directory, environ=self._environ, log=self._log))
+        with httpx.Client(base_url=self.address) as client:
+            until(lambda: answers(client, "/api/snapshot"), self._log)
+
+    def stop(self) -> None:
+        self._holding.close()
+
+
 @pytest.fixture
-def address(built: Path, tmp_path: Path) -> Iterator[str]:
-    port = free_port()
-    log = tmp_path / "log"
-    environ = {"PORT": str(port), "TODO_DATA": str(tmp_path)}
-    with (
-        running("todo", directory=built, environ=environ, log=log),
-        httpx.Client(base_url=f"http://127.0.0.1:{port}") as client,
-    ):
-        until(lambda: answers(client, "/api/snapshot"), log)
-        yield f"http://127.0.0.1:{port}"
+def application(built: Path, tmp_path: Path) -> Iterator[Application]:
+    application = Application(built, tmp_path)
+    application.start()
+    yield application
+    application.stop()
+
+
+@pytest.fixture
+def address(application: Application) -> str:
+    return application.address
 
 
 class Window:
@@ -146,6 +167,19 @@ def test_an_expired_token_is_renewed_unseen(windows: tuple[Window, Window]):
 
     here.sees("Before", "After")
     assert refused
+
+
+def test_pages_go_on_after_a_restart_with_other_keys(windows: tuple[Window, Window], application: Application):
+    here, there = windows
+    here.add("Before")
+    there.sees("Before")
+
+    application.stop()
+    application.start()
+    here.add("After")
+
+    here.sees("Before", "After")
+    there.sees("Before", "After")
 
 
 def until_stored(address: str, count: int) -> None:

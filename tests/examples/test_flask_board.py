@@ -37,8 +37,9 @@ def test_a_card_travels_from_request_to_reader_and_survives_a_restart(tmp_path: 
     shutil.copytree(HERE, board, ignore=shutil.ignore_patterns("board.db*", "streams", "__pycache__"))
     log = tmp_path / "log"
     port = free_port()
+    environ = {"PORT": str(port), "STREAM_PORT": str(free_port())}
     with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
-        with running("board", directory=board, environ={"PORT": str(port)}, log=log):
+        with running("board", directory=board, environ=environ, log=log):
             until(lambda: answers(client, "/snapshot"), log)
             snapshot = client.get("/snapshot").json()
             card = client.post("/cards", json={"title": "Water the plants"}).json()
@@ -51,9 +52,11 @@ def test_a_card_travels_from_request_to_reader_and_survives_a_restart(tmp_path: 
             assert client.get("/").status_code == client.get("/broadcastable.js").status_code == 200
             assert client.get("/streams/token?stream=other").status_code == 403
 
-        with running("board", directory=board, environ={"PORT": str(port)}, log=log):
+        with running("board", directory=board, environ=environ, log=log):
             until(lambda: answers(client, "/snapshot"), log)
             again = client.get("/snapshot").json()
+            assert again["url"] == snapshot["url"]
+            assert httpx.get(snapshot["url"], params={"offset": "-1", "token": snapshot["token"]}).status_code == 401
             client.delete(f"/cards/{card['id']}")
 
             (deleted,) = until(lambda: following(again, 1), log)
