@@ -7,6 +7,7 @@ a key that changes hands within one flush ends up with its new owner.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import decimal
 import logging
@@ -35,6 +36,15 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _by_insert_order = attrgetter("insert_order")
+
+
+def _by_key(state: State) -> Any:
+    assert state.key is not None
+    return state.key[1]
+
+
+def _by_key_of_first(updated: tuple[State, set[str]]) -> Any:
+    return _by_key(updated[0])
 
 
 def _after_flush(session: Session, context: UOWTransaction) -> None:
@@ -82,6 +92,10 @@ class _Flushed:
                 elif unsent.listeners:
                     unsent.note(unsent.Reason.UNCHANGED, model=plan.name)
         self.inserted.sort(key=_by_insert_order)
+        # The unit of work has sets; readers of a log like the same order each time.
+        with contextlib.suppress(TypeError):  # keys that do not compare
+            self.updated.sort(key=_by_key_of_first)
+            self.deleted.sort(key=_by_key)
         if maybe_replaced:
             # A deleted row and a new one with its key became one UPDATE: SQLAlchemy takes the delete off the plan.
             new = {tuple(mapper.primary_key_from_instance(state.obj())) for state in self.inserted}

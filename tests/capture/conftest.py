@@ -45,6 +45,9 @@ def populate(session: Session) -> None:
             Card(id=3, title="three", board_id=2),
         ]
     )
+    if session.get_bind().dialect.name == "postgresql":
+        session.flush()
+        session.execute(sa.text("SELECT setval(pg_get_serial_sequence('cards', 'id'), 100)"))
 
 
 @pytest.fixture
