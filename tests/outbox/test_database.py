@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -295,7 +296,8 @@ def test_two_claims_that_both_make_the_streams_state_do_not_both_win(app: sa.Eng
     for round_number in range(10):
         stream = f"s/{round_number}"
         with app.begin() as connection:
-            outbox.stage(connection, [batch(stream)])
+            staged = batch(stream)
+            outbox.stage(connection, [staged])
         barrier = threading.Barrier(4)
         frames: list[Any] = []
 
@@ -309,9 +311,37 @@ def test_two_claims_that_both_make_the_streams_state_do_not_both_win(app: sa.Eng
         for thread in threads:
             thread.join()
         assert sorted(frame is not None for frame in frames) == [False, False, False, True]
+        (frame,) = (frame for frame in frames if frame is not None)
+        assert frame.events == staged.events
+        assert outbox.ack(frame, offset="1")
         # Those who came later must not take the winner's rows out of its frame.
         (won,) = filter(None, frames)
         assert outbox.anchor(won, "0").events == won.events
+
+
+def test_claims_that_find_no_state_do_not_free_what_another_froze_meanwhile(
+    app: sa.Engine, outbox: DatabaseOutbox, open_outbox: OpenOutbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker makes the state and has delivered a part of the batch between this one's two looks."""
+    other = open_outbox(max_frame_events=2)
+    with app.begin() as connection:
+        outbox.stage(connection, [batch("s", *"12345")])
+    has_rows = outbox._has_rows
+
+    def has_rows_and_is_slow(connection: sa.Connection, stream: str) -> bool:
+        found = has_rows(connection, stream)
+        connection.commit()  # nothing is locked yet, so this lets the other one in on SQLite as well
+        frame = claim(other, stream)
+        other.ack(frame, offset="1")
+        other.release(frame, delay=0)
+        return found
+
+    monkeypatch.setattr(outbox, "_has_rows", has_rows_and_is_slow)
+    with outbox._engine().connect() as connection, monkeypatch.context() as patch:
+        patch.setattr(outbox, "_transaction", lambda: nullcontext(connection))
+        frame = claim(outbox, "s")
+        connection.commit()
+    assert frame.events == (b"3", b"4", b"5")
 
 
 def test_the_epoch_is_the_databases_time(outbox: DatabaseOutbox) -> None:

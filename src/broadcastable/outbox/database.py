@@ -206,7 +206,7 @@ class DatabaseOutbox:
                     return None
                 self._make_states(connection, [stream])
                 state = self._lock(connection, stream)
-                if state is not None and state.count == 0:
+                if state is not None and state.frame == 0:
                     # Under the lock, and not when somebody else has made the state and frozen a frame meanwhile.
                     self._free(connection, stream)
             if state is None or not _is_free(state, lease):
