@@ -70,8 +70,8 @@ html_theme_options = {
     "light_logo": "logo-light.svg",
     "dark_logo": "logo-dark.svg",
     "sidebar_hide_name": True,
-    "light_css_variables": {"color-brand-primary": "#0b6e5f", "color-brand-content": "#0b6e5f"},
-    "dark_css_variables": {"color-brand-primary": "#4fd1b5", "color-brand-content": "#4fd1b5"},
+    "light_css_variables": {"color-brand-primary": "#5048c8", "color-brand-content": "#5048c8"},
+    "dark_css_variables": {"color-brand-primary": "#a9a4ff", "color-brand-content": "#a9a4ff"},
 }
 copybutton_exclude = ".linenos, .gp, .go"
 copybutton_prompt_text = "$ "

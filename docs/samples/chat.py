@@ -1,14 +1,15 @@
-"""The chat of this documentation: rooms and their messages. Every page's samples go on from here."""
+"""A chat: rooms and their messages."""
 
 from __future__ import annotations
 
 import sqlalchemy as sa
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, sessionmaker
+from sqlalchemy import orm
+from sqlalchemy.orm import Mapped, mapped_column
 
 from broadcastable import Broadcastable, streams, streams_to
 
 
-class Base(DeclarativeBase):
+class Base(orm.DeclarativeBase):
     pass
 
 
@@ -22,15 +23,15 @@ class Room(Base, Broadcastable):
 
 class Message(Base, Broadcastable):
     __tablename__ = "messages"
-    __streams__ = streams_to("room", "messages")  # gid://app/Room/1/messages, by foreign key, without a query
+    __streams__ = streams_to("room", "messages")  # gid://app/Room/1/messages
 
     id: Mapped[int] = mapped_column(primary_key=True)
     room_id: Mapped[int] = mapped_column(sa.ForeignKey("rooms.id"))
     author: Mapped[str]
     text: Mapped[str]
 
-    room: Mapped[Room] = relationship()
+    room: Mapped[Room] = orm.relationship()
 
 
 engine = sa.create_engine("sqlite:///chat.db")
-Session = sessionmaker(engine)
+Session = orm.sessionmaker(engine)
