@@ -10,7 +10,7 @@ def main() -> None:
     try:
         from .app import run
     except ModuleNotFoundError as error:
-        if error.name not in {"typer", "rich"}:
+        if (error.name or "").partition(".")[0] not in {"typer", "rich"}:
             raise
         sys.exit(
             "The command line needs an extra that is not installed. Install it: pip install 'broadcastable[cli]' "

@@ -6,11 +6,14 @@ import logging
 from typing import Annotated, Any
 
 import typer
+from redis import RedisError
+from sqlalchemy.exc import DBAPIError
 from typer.core import TyperGroup
 
 from broadcastable import __version__
 from broadcastable.errors import BroadcastableError
 
+from .check import check
 from .console import fail, out
 from .demo.command import demo
 from .doctor import doctor
@@ -29,6 +32,10 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except BroadcastableError as error:
             fail(str(error))
+        except RedisError as error:
+            fail(f"Redis: {error}. Is it running, and is redis_url (BROADCASTABLE_REDIS_URL) right?")
+        except DBAPIError as error:
+            fail(f"The database: {error.orig}. Is database_url right, and have the migrations run?")
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
 
@@ -59,7 +66,7 @@ def broadcastable(
     """Durable Streams for SQLAlchemy."""
 
 
-for command in (demo, server, tail, status, doctor, install, caddyfile):
+for command in (demo, server, tail, status, check, doctor, install, caddyfile):
     app.command()(command)
 app.add_typer(outbox, name="outbox")
 app.add_typer(keys, name="keys")

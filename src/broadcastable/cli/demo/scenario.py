@@ -154,8 +154,8 @@ class Story:
         arrived = [each.what for each in self._inbox.wait_for(len(self._expected))]
         streams = {stream for stream, _, _ in (*self._expected, *arrived)}
         right = all(_on(stream, arrived) == _on(stream, self._expected) for stream in streams)
-        took = f"commit to reader {median(self._took):.1f} ms at the median, {max(self._took):.1f} ms at most"
         if right:
+            took = f"commit to reader {median(self._took):.1f} ms at the median, {max(self._took):.1f} ms at most"
             out.print(
                 f"\n[bold green]All arrived[/]: {self._commits} commits, {len(arrived)} events on {len(streams)} "
                 f"streams, each once and in order; {took}."

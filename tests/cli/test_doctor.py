@@ -1,0 +1,114 @@
+"""`doctor`: every part looked at, each fault with its fix, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from broadcastable.durable_streams import current
+from broadcastable.server.embedded import EmbeddedServer
+from broadcastable.settings import override
+from broadcastable.tokens import generate_key_pair
+from tests.services import free_port
+
+Run = Callable[..., Any]
+
+
+def findings(run: Run, *options: str) -> dict[str, dict[str, Any]]:
+    lines = [json.loads(line) for line in run("doctor", "--json", *options).stdout.splitlines()]
+    return {line["check"]: line for line in lines}
+
+
+def test_all_is_well(stream_server: EmbeddedServer, run: Run) -> None:
+    with override(server_url=stream_server.url, signing_key=stream_server.settings.signing_key):
+        result = run("doctor")
+        found = findings(run)
+    assert result.exit_code == 0, result.stdout
+    assert list(found) == ["settings", "keys", "clock", "stream server", "worker"]
+    assert all(each["ok"] for each in found.values())
+
+
+def test_the_database_outbox_without_its_tables(stream_server: EmbeddedServer, sqlite_url: str, run: Run) -> None:
+    with override(
+        server_url=stream_server.url,
+        signing_key=stream_server.settings.signing_key,
+        outbox="database",
+        database_url=sqlite_url,
+    ):
+        found = findings(run, "--patience", "0.5")
+        assert not found["outbox tables"]["ok"]
+        assert "no such table" in found["outbox tables"]["says"]
+        current().close()
+
+
+def test_redis_is_looked_at(stream_server: EmbeddedServer, valkey_url: str, run: Run) -> None:
+    with override(server_url=stream_server.url, signing_key=stream_server.settings.signing_key, redis_url=valkey_url):
+        assert findings(run)["redis"]["ok"]
+        client = redis.Redis.from_url(valkey_url)
+        client.config_set("maxmemory", "100mb")
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        try:
+            assert "noeviction" in findings(run)["redis"]["says"]
+        finally:
+            client.config_set("maxmemory", "0")
+            client.config_set("maxmemory-policy", "noeviction")
+            client.close()
+
+
+def test_nobody_delivers(stream_server: EmbeddedServer, valkey_url: str, run: Run) -> None:
+    """With the redis outbox a worker process delivers, and here none runs."""
+    with override(
+        server_url=stream_server.url,
+        signing_key=stream_server.settings.signing_key,
+        redis_url=valkey_url,
+        outbox="redis",
+    ):
+        found = findings(run, "--patience", "0.3")
+        assert found["stream server"]["ok"]
+        assert not found["worker"]["ok"]
+        assert "dramatiq broadcastable.worker" in found["worker"]["says"]
+        assert current().outbox.pending() == []
+        current().close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "check", "says"),
+    [
+        ({"signing_key": None}, "keys", "keys generate"),
+        ({"signing_key": "nowhere.pem"}, "keys", "neither PEM text nor a readable file"),
+        ({"redis_url": "redis://127.0.0.1:1/0"}, "redis", "BROADCASTABLE_REDIS_URL"),
+        ({"server_url": "http://127.0.0.1:1/v1/streams"}, "clock", "not reached"),
+        ({"server_url": "http://127.0.0.1:1/v1/streams"}, "stream server", "is server_url right?"),
+    ],
+)
+def test_each_fault_comes_with_its_fix(
+    stream_server: EmbeddedServer, run: Run, changes: dict[str, Any], check: str, says: str
+) -> None:
+    well = {"server_url": stream_server.url, "signing_key": stream_server.settings.signing_key}
+    with override(**{**well, **changes}):
+        found = findings(run, "--patience", "0.3")
+        assert run("doctor", "--patience", "0.3").exit_code == 1
+        current().close()
+    assert not found[check]["ok"]
+    assert says in found[check]["says"]
+
+
+def test_a_server_that_knows_other_keys(stream_server: EmbeddedServer, run: Run) -> None:
+    with override(server_url=stream_server.url, signing_key=generate_key_pair().private_pem):
+        found = findings(run)
+        current().close()
+    assert not found["stream server"]["ok"]
+    assert "worker" not in found
+
+
+def test_settings_that_make_no_sense(start: Callable[..., Any], tmp_path: Path) -> None:
+    code, out, _ = start(
+        "doctor", BROADCASTABLE_OUTBOX="paper", BROADCASTABLE_REDIS_URL=f"redis://127.0.0.1:{free_port()}"
+    ).end()
+    assert code == 1
+    assert "outbox is one of" in out
