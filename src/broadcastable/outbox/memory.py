@@ -179,7 +179,7 @@ class MemoryOutbox:
             if state is None or state.anchor != frame.anchor:
                 return self._frozen(frame)
             state.anchor = offset
-            return replace(frame, anchor=offset)
+            return self._frame(frame.stream, state, begun=frame.begun, lease=frame.lease)
 
     def ack(self, frame: Frame, *, offset: str | None, events: int | None = None) -> bool:
         """See `Outbox.ack`."""
