@@ -300,8 +300,11 @@ class _Bulk:
         found = result.all()
         rows = self._by_key(dict(zip(plan.names, values[-len(columns) :], strict=True)) for values in found)
         if not own:
-            # What the ORM wraps in rows of its own has the cursor's result inside, and that has the row count.
-            return getattr(result, "raw", result), rows
+            # What the ORM wraps in rows of its own has the cursor's result inside. Some drivers count rows only as they
+            # are fetched, which SQLAlchemy does not wait for.
+            plain = getattr(result, "raw", result)
+            plain.rowcount = len(found)
+            return plain, rows
         keys = list(result.keys())[: -len(columns)]
         asked_for = [tuple(values[: -len(columns)]) for values in found]
         return IteratorResult(SimpleResultMetaData(keys), iter(asked_for)), rows

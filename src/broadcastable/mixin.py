@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.exc import MissingGreenlet
 from sqlalchemy.orm import InstanceState, Mapper
-from sqlalchemy.orm.exc import DetachedInstanceError
+from sqlalchemy.util.concurrency import in_greenlet
 
 from . import bulk, capture
 from .declarations import StreamDeclaration, plan_for, stream_type
@@ -217,13 +216,18 @@ def _send(
 
 
 def _loaded(record: Any, name: str) -> Any:
-    try:
-        return getattr(record, name)
-    except (MissingGreenlet, DetachedInstanceError) as error:
+    state: InstanceState[Any] = sa.inspect(record)
+    if name in state.expired_attributes and not _can_load(state):
         raise UsageError(
             f"{type(record).__name__}.{name} is not loaded and cannot be loaded here. Call the verb before the commit, "
             "refresh the record first (await session.refresh(record)), or use expire_on_commit=False"
-        ) from error
+        )
+    return getattr(record, name)
+
+
+def _can_load(state: InstanceState[Any]) -> bool:
+    """Whether the record has a session that may do I/O here: that of an `AsyncSession` may only in its own calls."""
+    return state.session is not None and (not state.session.get_bind(state.mapper).dialect.is_async or in_greenlet())
 
 
 # The models there are

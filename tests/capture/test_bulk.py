@@ -1,0 +1,155 @@
+"""Statements that pass the unit of work: warned of, refused, ignored, or captured."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from broadcastable import BulkStatementError
+from broadcastable.bulk import UncapturedBulkStatement
+from tests import services
+from tests.capture.models import Base, Board, Card, Team
+from tests.capture.recorder import Recorder
+
+CARDS_1 = "gid://app/Board/1/cards"
+CARDS_2 = "gid://app/Board/2/cards"
+
+BULK: list[Callable[[Session], object]] = [
+    lambda session: session.execute(sa.insert(Team).values(id=9, name="x")),
+    lambda session: session.execute(sa.insert(Team), [{"id": 9, "name": "x"}]),
+    lambda session: session.execute(sa.insert(Team.__table__).values(id=9, name="x")),
+    lambda session: session.execute(sa.update(Team).values(name="x")),
+    lambda session: session.execute(sa.update(Team), [{"id": 1, "name": "x"}]),
+    lambda session: session.execute(sa.delete(Team).where(Team.id == 99)),
+    lambda session: session.scalars(sa.insert(Team).returning(Team.id), [{"id": 9, "name": "x"}]).all(),
+    lambda session: session.scalar(sa.update(Team).where(Team.id == 1).values(name="x").returning(Team.id)),
+    lambda session: session.query(Team).update({"name": "x"}),
+    lambda session: session.query(Team).filter_by(id=99).delete(),
+    lambda session: session.bulk_insert_mappings(Team, [{"id": 9, "name": "x"}]),  # type: ignore[arg-type]
+    lambda session: session.bulk_update_mappings(Team, [{"id": 1, "name": "x"}]),  # type: ignore[arg-type]
+    lambda session: session.bulk_save_objects([Team(id=9, name="x")]),
+]
+
+
+@pytest.mark.parametrize("statement", BULK, ids=range(len(BULK)))
+def test_a_bulk_statement_is_warned_of_refused_or_ignored(
+    session: Session, recorder: Recorder, statement: Callable[[Session], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.warns(UncapturedBulkStatement, match=r"Team.__stream_bulk__ to \"capture\"") as caught:
+        statement(session)
+    assert caught[0].filename == __file__
+    session.rollback()
+    monkeypatch.setattr(Team, "__stream_bulk__", "raise")
+    with pytest.raises(BulkStatementError):
+        statement(session)
+    session.rollback()
+    with Team.suppressing_streams():
+        statement(session)
+    session.rollback()
+    monkeypatch.setattr(Team, "__stream_bulk__", "ignore")
+    statement(session)
+    session.commit()
+    assert recorder.batches == []
+
+
+@pytest.mark.parametrize("statement", BULK, ids=range(len(BULK)))
+def test_a_bulk_statement_is_captured_where_the_model_says_so(
+    session: Session, recorder: Recorder, statement: Callable[[Session], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Team, "__stream_bulk__", "capture")
+    statement(session)
+    session.rollback()
+    assert recorder.batches == []
+    statement(session)
+    session.commit()
+    rows = {row.id: row.name for row in session.execute(sa.select(Team.id, Team.name))}
+    changed = {str(key): name for key, name in rows.items() if name == "x"}
+    assert {event["key"]: event["value"]["name"] for event in recorder.events()} == changed
+    operations = {event["headers"]["operation"] for event in recorder.events()}
+    assert operations in ({"insert"} if 9 in rows else {"update"}, set())
+
+
+def test_a_warning_comes_once_for_each_call_site(session: Session) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            session.execute(sa.update(Team).values(name="x"))
+        session.execute(sa.update(Team).values(name="x"))
+    assert [warning.category for warning in caught] == [UncapturedBulkStatement] * 2
+
+
+def test_the_call_site_is_found_under_asyncio(sqlite_url: str) -> None:
+    import asyncio
+
+    async def main() -> None:
+        engine = services.open_async_engine(sqlite_url)
+        async with engine.begin() as connection:
+            await connection.run_sync(Base.metadata.create_all)
+        async with AsyncSession(engine) as session:
+            with pytest.warns(UncapturedBulkStatement) as caught:
+                await session.execute(sa.update(Team).values(name="x"))
+            assert caught[0].filename == __file__
+        await engine.dispose()
+
+    asyncio.run(main())
+
+
+def test_results_are_what_the_caller_asked_for(session: Session) -> None:
+    """With or without RETURNING of the caller's own, also where RETURNING was added."""
+    assert session.execute(sa.update(Card).values(title="x").where(Card.board_id == 1)).rowcount == 2  # type: ignore[attr-defined]
+    returned = session.execute(sa.update(Card).values(title="y").where(Card.id == 1).returning(Card.id, Card.title))
+    assert list(returned.keys()) == ["id", "title"]
+    assert returned.all() == [(1, "y")]
+    inserted = session.execute(sa.insert(Card).values(title="z", board_id=1))
+    assert inserted.inserted_primary_key[0] > 3  # type: ignore[attr-defined]
+    cards = session.scalars(sa.insert(Card).returning(Card), [{"title": "a"}, {"title": "b"}]).all()
+    assert [card.title for card in cards] == ["a", "b"]
+    assert session.query(Card).filter(Card.title == "a").update({"title": "c"}) == 1
+    assert session.execute(sa.delete(Card).where(Card.title.in_(["b", "c"]))).rowcount == 2  # type: ignore[attr-defined]
+
+
+def test_rows_moved_in_bulk_leave_the_one_stream_and_reach_the_other(session: Session, recorder: Recorder) -> None:
+    session.execute(sa.update(Card).values(board_id=2))
+    session.commit()
+    assert recorder.by_stream() == {
+        CARDS_1: [("delete", "1"), ("delete", "2")],
+        CARDS_2: [("insert", "1"), ("insert", "2")],
+    }
+    recorder.clear()
+    session.execute(sa.update(Card).values(id=Card.id + 100))
+    session.commit()
+    assert sorted(recorder.by_stream()[CARDS_2]) == sorted(
+        [("delete", str(key)) for key in (1, 2, 3)] + [("insert", str(key)) for key in (101, 102, 103)]
+    )
+
+
+def test_an_upsert_is_sent_as_an_update(session: Session, recorder: Recorder) -> None:
+    insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
+    statement = insert(Card).values([{"id": key, "title": "new", "board_id": 1} for key in (1, 9)])
+    session.execute(statement.on_conflict_do_update(index_elements=["id"], set_={"title": statement.excluded.title}))
+    session.commit()
+    assert sorted(recorder.by_stream()[CARDS_1]) == [("update", "1"), ("update", "9")]
+
+
+def test_nothing_is_captured_of_a_statement_that_fails(session: Session, recorder: Recorder) -> None:
+    with session.begin_nested() as savepoint:
+        session.execute(sa.update(Card).values(title="x"))
+        with pytest.raises(sa.exc.IntegrityError):
+            session.execute(sa.insert(Card).values(id=1, title="twice"))
+        savepoint.rollback()
+    session.commit()
+    assert recorder.batches == []
+
+
+def test_statements_on_other_tables_pass(session: Session, recorder: Recorder) -> None:
+    session.execute(sa.text("UPDATE teams SET name = 'x'"))
+    session.execute(sa.select(Team))
+    session.commit()
+    assert recorder.batches == []
+    assert session.get_one(Board, 1).team is not None
