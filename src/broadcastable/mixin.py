@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.orm import InstanceState, Mapper
-from sqlalchemy.util.concurrency import in_greenlet
 
 from . import bulk, capture
 from .declarations import StreamDeclaration, plan_for, stream_type
@@ -19,6 +18,7 @@ from .errors import UnknownModelError, UsageError
 from .events import Operation
 from .names import GID, Streamable, gid_name, gid_of, stream_name_from
 from .suppression import is_suppressed, suppressing_streams
+from .transactions import may_do_io
 from .values import key_text, row_attributes, row_reader, to_json_value
 
 if TYPE_CHECKING:
@@ -217,17 +217,12 @@ def _send(
 
 def _loaded(record: Any, name: str) -> Any:
     state: InstanceState[Any] = sa.inspect(record)
-    if name in state.expired_attributes and not _can_load(state):
+    if name in state.expired_attributes and not (state.session is not None and may_do_io(state.session, state.mapper)):
         raise UsageError(
             f"{type(record).__name__}.{name} is not loaded and cannot be loaded here. Call the verb before the commit, "
             "refresh the record first (await session.refresh(record)), or use expire_on_commit=False"
         )
     return getattr(record, name)
-
-
-def _can_load(state: InstanceState[Any]) -> bool:
-    """Whether the record has a session that may do I/O here: that of an `AsyncSession` may only in its own calls."""
-    return state.session is not None and (not state.session.get_bind(state.mapper).dialect.is_async or in_greenlet())
 
 
 # The models there are

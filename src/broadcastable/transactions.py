@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.exc import MissingGreenlet
 from sqlalchemy.orm import Mapper, Session, SessionTransaction, scoped_session
+from sqlalchemy.util.concurrency import in_greenlet
 
 from . import unsent
 from .counters import counters
@@ -521,6 +521,11 @@ def txid(session: AnySession) -> str:
     return buffers.txid
 
 
+def may_do_io(session: Session, mapper: Mapper[Any] | None = None) -> bool:
+    """Whether *session* can execute something here: that of an `AsyncSession` can only in the latter's own calls."""
+    return not session.get_bind(mapper).dialect.is_async or in_greenlet()
+
+
 def _find_txid(session: Session, buffers: Buffers) -> str:
     own = session.info.get(TXID_KEY)
     if own is not None:
@@ -530,13 +535,12 @@ def _find_txid(session: Session, buffers: Buffers) -> str:
     if buffers.delivery_for(session).settings.txid_from == "uuid":
         return new_txid()
     mapper = next((level.mapper for level in buffers.levels.values() if level.mapper is not None), None)
-    try:
-        connection = session.connection(bind_arguments={"mapper": mapper} if mapper else None)
-    except MissingGreenlet:
+    if not may_do_io(session, mapper):
         raise UsageError(
             'With txid_from="postgres" the txid is asked from the database. Under asyncio call '
             "`await session.run_sync(broadcastable.txid)` first; after that it is known"
-        ) from None
+        )
+    connection = session.connection(bind_arguments={"mapper": mapper} if mapper else None)
     if connection.dialect.name != "postgresql":
         raise ConfigurationError(
             f'txid_from="postgres" needs PostgreSQL, but this session is on {connection.dialect.name}. Use "uuid"'
