@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,13 @@ from pathlib import Path
 import pytest
 from sybil import Sybil
 from sybil.parsers.myst import PythonCodeBlockParser, SkipParser
+from typer.core import TyperGroup
+from typer.main import get_command
 
-from broadcastable import settings
+from broadcastable import Settings, metrics, settings
+from broadcastable.cli.app import app
 from broadcastable.durable_streams import current, discard
+from broadcastable.outbox.memory import MemoryOutbox
 from broadcastable.server.embedded import EmbeddedServer, embedded_server
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -44,6 +49,32 @@ def test_every_page_runs_or_says_why_not():
     """A page with samples is run; a page without is listed with the reason, and only such a page."""
     assert [page.name for page in PAGES if page.name not in NOT_RUN and not samples_of(page)] == []
     assert set(NOT_RUN) <= {page.name for page in PAGES}
+
+
+def test_the_operations_page_has_every_metric_and_no_other():
+    """An operator finds each exported name on the page, and an alert on the page finds its metric."""
+    page = (DOCS / "operations.md").read_text()
+    counted = {f"broadcastable_{name}_total" for name in metrics.COUNTS}
+    timed = {f"broadcastable_{name}_seconds" for name in metrics.DURATIONS}
+    gauges = {gauge.name for gauge in metrics.PendingCollector(MemoryOutbox.from_settings(Settings())).collect()}
+
+    named = set(re.findall(r"broadcastable_[a-z_]+", page))
+
+    assert named == counted | timed | gauges
+
+
+def test_every_command_that_the_docs_name_exists():
+    """`broadcastable status`, but also `broadcastable outbox retry Room/1/messages`."""
+    commands = get_command(app)
+    assert isinstance(commands, TyperGroup)
+    named = {
+        words
+        for page in PAGES
+        for words in re.findall(r"(?:^\$ |`|bin/)broadcastable ([a-z]+)", page.read_text(), re.MULTILINE)
+    }
+
+    assert named
+    assert named <= set(commands.commands)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from prometheus_client.core import GaugeMetricFamily
 
 COUNTS = {
-    "events_captured": "Changes that became events",
+    "events_committed": "Events of committed transactions, on their way to the outbox",
     "events_delivered": "Events that the stream server has",
     "frames_delivered": "Appends that succeeded",
     "frames_parked": "Frames that the stream server will never take; each blocks its stream until an operator decides",
@@ -30,7 +30,10 @@ COUNTS = {
     "streams_healed": "Streams that were gone from the server and were provisioned anew",
     "batches_dropped": "Batches lost because a bounded buffer was full",
     "batches_refused": "Batches not sent because their session was joined into an outer transaction",
-    "capture_failures": "Changes that could not be made into events",
+    "events_failed": "Changes that could not be made into events",
+    "events_dropped_with_transaction": "Deferred events gone with their transaction: rolled back, or never committed",
+    "transactions_lost": "Committed transactions whose events could not be handed over",
+    "bulk_statements_uncaptured": "Statements past the unit of work on models that only warn of them",
 }
 DURATIONS = {"commit_to_append": "From the end of a transaction to its events being on the stream server"}
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
