@@ -52,7 +52,7 @@ def make_outbox(request: pytest.FixtureRequest) -> Iterator[Callable[..., Outbox
                 shared.append(MemoryOutbox(max_bytes=64 << 20, **limits))
             outbox = shared[0]
         elif request.param == "redis":
-            outbox = RedisOutbox(request.getfixturevalue("valkey_url"), namespace="test", **limits)
+            outbox = RedisOutbox(request.getfixturevalue("valkey_url"), namespace="test", timeout=10, **limits)
         elif request.param == "cluster":
             outbox = RedisOutbox(request.getfixturevalue("cluster"), namespace="test", **limits)
         else:

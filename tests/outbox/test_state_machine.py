@@ -249,8 +249,7 @@ class OutboxMachine(RuleBasedStateMachine):
     def retry(self, name: str) -> None:
         stream = self.streams[name]
         assert self.outbox.retry(name) == bool(stream.queue or stream.parked)
-        if stream.queue or stream.parked:
-            stream.parked, stream.delayed = None, False
+        stream.parked, stream.delayed = None, False
 
     @rule(name=streams)
     def drop(self, name: str) -> None:
@@ -317,14 +316,14 @@ def test_the_redis_outbox_does_as_the_model(valkey_url: str, part_of: int) -> No
     def make() -> Outbox:
         client = opened[0]._client if opened else valkey_url
         outbox = WrittenByOthers(
-            client, namespace=next(namespaces), max_frame_bytes=MAX_BYTES, max_frame_events=MAX_EVENTS
+            client, namespace=next(namespaces), max_frame_bytes=MAX_BYTES, max_frame_events=MAX_EVENTS, timeout=10
         )
         opened.append(outbox)
         return outbox
 
     try:
         # A sweeper looks at a stream once a second, so one call need not see all.
-        run(make, examples=25, due_is_complete=False)
+        run(make, examples=50, due_is_complete=False)
     finally:
         opened[0].close()
 
@@ -341,6 +340,6 @@ def test_the_database_outbox_does_as_the_model(sqlite_url: str) -> None:
         return outbox
 
     try:
-        run(make, examples=25, due_is_complete=True)
+        run(make, examples=50, due_is_complete=True)
     finally:
         outbox.close()

@@ -254,11 +254,12 @@ class MemoryOutbox:
         """See `Outbox.retry`."""
         with self._lock:
             state = self._streams.get(stream)
-            if state is None or not (state.queue or state.parked is not None):
+            if state is None:
                 return False
+            found = bool(state.queue) or state.parked is not None
             state.parked = None
             state.not_before = 0.0
-            return True
+            return found
 
     def drop(self, stream: str) -> int:
         """See `Outbox.drop`."""

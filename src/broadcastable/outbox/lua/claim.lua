@@ -14,17 +14,19 @@ if not held[1] then
 end
 local begun = held[3] and 1 or 0
 if begun == 0 then
-  -- Whole batches up to the limits. The first one, whose parts may be several elements, is cut where it must be.
+  -- Whole batches up to the limits; a batch may be several elements. Only the first one is cut where it must be.
   local skip, count, size, head = tonumber(held[2] or 0), 0, 1, true
   local cut = {elements = 0, done = 0, rest = 0, ends = 0}
+  local whole_count, whole_elements = 0, 0
   walk(queue, function(element)
-    if not head and not ends(element) then return false end
     local taken, taken_size = 0, 0
     for event = skip + 1, event_count(element) do
       local length = struct.unpack('>I4', element, LENGTHS_AT + 4 * (event - 1))
       local before = count + taken
       if before > 0 and (before == max_events or size + taken_size + length + 1 > max_bytes) then
-        if head and taken > 0 then
+        if not head then
+          count, cut.elements, cut.done = whole_count, whole_elements, whole_elements
+        elseif taken > 0 then
           count = before
           cut.elements = cut.elements + 1
           cut.rest = skip + taken
@@ -41,6 +43,7 @@ if begun == 0 then
     skip = 0
     if ends(element) then
       cut.ends = cut.ends + 1
+      whole_count, whole_elements = count, cut.elements
       head = false
     end
     return true
