@@ -264,11 +264,14 @@ class MemoryOutbox:
     def drop(self, stream: str) -> int:
         """See `Outbox.drop`."""
         with self._lock:
-            state = self._streams.pop(stream, None)
+            state = self._streams.get(stream)
             if state is None:
                 return 0
-            self._idle.pop(stream, None)
             self._bytes -= sum(map(_footprint, state.queue))
+            # Above its own epoch, which a server may have raised far above the clock.
+            empty = _Stream(self._new_epoch(self._clock(), above=state.epoch))
+            self._streams[stream] = empty
+            self._retire(stream, empty)
             return state.events
 
     def due(self, *, older_than: float = 1.0, limit: int = 1_000) -> list[str]:
