@@ -335,6 +335,8 @@ class DurableStreams(_Verbs):
         if _intercepted(batches, sender=self, deferred=True, joined=joined):
             return
         if joined:
+            if self.transactional:
+                return  # staged in the outer transaction: a sweeper finds them once that is committed
             counters.increment("batches_refused", len(batches))
             log.warning(
                 "%d batches are not sent, the first for stream %s: the session is joined into an outer transaction "
