@@ -153,6 +153,10 @@ class Window:
         shown: list[str] = self.page.evaluate("states")
         return shown
 
+    def hurry(self) -> None:
+        """Do not sit out the pause between two attempts."""
+        self.page.evaluate("subscription.reconnect()")
+
     def say(self, text: str) -> None:
         self.page.fill("#text", text)
         self.page.press("#text", "Enter")
@@ -176,10 +180,10 @@ class Window:
               globalThis.moment = new Promise((resolve) => {
                 const look = () => {
                   const shown = document.querySelectorAll("li.message:not(.sending):not(.leaving) .body");
-                  const texts = [...shown].map((each) => each.textContent);
-                  if (holds(texts)) resolve(Date.now());
-                  else requestAnimationFrame(look);
+                  if (holds([...shown].map((each) => each.textContent))) resolve(Date.now());
                 };
+                const changes = { subtree: true, childList: true, characterData: true, attributes: true };
+                new MutationObserver(look).observe(document.getElementById("messages"), changes);
                 look();
               });
             }""",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 import time
 from collections.abc import Callable
 
@@ -79,11 +81,12 @@ def test_a_killed_server_is_shown_and_caught_up_with(start_demo: StartDemo, open
     demo.kill()
     window.wait_for_state("offline")
     assert "Offline" in window.page.locator("#badge").inner_text()
+    window.page.get_by_role("button", name="Try now").click()
     offset = window.page.evaluate("subscription.offset")
     demo.start()
     for number in range(20):
         demo.call("POST", "rooms/1/messages", {"author": "Ada", "body": f"While away {number}"})
-    window.page.locator("#retry").click()
+    window.hurry()
     window.wait_for_state("live")
     window.message("While away 19").wait_for()
     assert window.bodies() == demo.bodies()
@@ -91,6 +94,34 @@ def test_a_killed_server_is_shown_and_caught_up_with(start_demo: StartDemo, open
     # Caught up by events from the offset on, and not by another snapshot.
     shown = window.page.locator("#events b").all_inner_texts()
     assert shown == ["insert"] * 21 + ["snapshot"]
+
+
+def test_a_kill_in_the_middle_of_a_burst_loses_nothing(start_demo: StartDemo, open_window: OpenWindow) -> None:
+    """SIGKILL between commits and appends: what was committed comes after the restart, once and in order."""
+    demo = start_demo(keep=True)
+    window = open_window(demo, expected=AWAY)
+    killed = threading.Event()
+
+    def burst() -> None:
+        with contextlib.suppress(OSError):
+            demo.call("POST", "rooms/1/burst", {"author": "Ada", "count": 1_000})
+        killed.set()
+
+    threading.Thread(target=burst, daemon=True).start()
+    while len(demo.bodies()) < 50:
+        assert not killed.is_set()
+    demo.kill()
+    assert killed.wait(20)
+    seen = len(window.bodies())
+    demo.start()
+    stored = demo.bodies()
+    assert seen < len(stored), "everything had arrived before the kill"
+    window.hurry()
+    window.wait_for_state("live")
+    window.message(stored[-1]).wait_for()
+    assert window.bodies() == stored
+    inserts = window.page.locator("#events b[data-operation=insert]").count()
+    assert inserts == min(len(stored) - 2, 200)
 
 
 def test_a_server_that_lost_everything_is_taken_anew(start_demo: StartDemo, open_window: OpenWindow) -> None:
@@ -102,7 +133,7 @@ def test_a_server_that_lost_everything_is_taken_anew(start_demo: StartDemo, open
     demo.kill()
     window.wait_for_state("offline")
     demo.start()
-    window.page.locator("#retry").click()
+    window.hurry()
     window.wait_for_state("live")
     window.message("Forgotten").wait_for(state="detached")
     assert window.bodies() == demo.bodies()
@@ -169,7 +200,7 @@ def test_a_token_that_cannot_be_refreshed_is_tried_again_after_it_expired(
     window.wait_for_state("offline")
     demo.call("POST", "rooms/1/messages", {"author": "Ada", "body": "While refused"})
     refusing = False
-    window.page.locator("#retry").click()
+    window.hurry()
     window.wait_for_state("live")
     window.message("While refused").wait_for()
     assert window.bodies() == demo.bodies()

@@ -91,6 +91,7 @@ def test_pictures_of_the_page(form: str, browser: Browser, demo: Demo, tmp_path:
         window.page.fill("#author", "Ada")
         converse(demo)
         window.page.locator("li.message em:visible").wait_for()
+        window.page.evaluate("document.activeElement.blur()")
         kept = IMAGES if os.environ.get("KEEP_IMAGES") else tmp_path
         kept.mkdir(exist_ok=True)
         picture = window.page.screenshot(path=kept / f"demo-{form}.png")

@@ -57,7 +57,8 @@ class Chat:
                     starting.enter_context(tempfile.TemporaryDirectory(prefix="broadcastable-demo-"))
                 )
                 directory.mkdir(parents=True, exist_ok=True)
-                self.engine = _open_database(directory / "chat.db")
+                database = directory / "chat.db"
+                self.engine = _open_database(database)
                 starting.callback(self.engine.dispose)
                 Base.metadata.create_all(self.engine)
             with step("Starting the stream server"):
@@ -66,7 +67,7 @@ class Chat:
                         port=self._stream_port,
                         host=self._host,
                         data_dir=None if self._data_dir is None else directory / "streams",
-                        settings=_settings(directory),
+                        settings=_settings(directory, database if self._data_dir else None),
                     )
                 )
                 self.stream_server_runs = True
@@ -206,10 +207,18 @@ class Chat:
             self.stream_server_runs = wanted
 
 
-def _settings(directory: Path) -> Settings:
-    """The environment's settings, but the demo's own everything: no other service takes part."""
+def _settings(directory: Path, database: Path | None) -> Settings:
+    """The environment's settings, but the demo's own everything: no other service takes part.
+
+    What is kept is kept whole: with a *database* the outbox is in it, so that a kill at any moment loses nothing.
+    """
     settings = Settings.from_env().replace(
-        outbox="memory", redis_url=None, database_url=None, client_url=None, stream_ttl=None, gid_app="demo"
+        outbox="memory" if database is None else "database",
+        database_url=None if database is None else f"sqlite:///{database}",
+        redis_url=None,
+        client_url=None,
+        stream_ttl=None,
+        gid_app="demo",
     )
     if settings.signing_key:
         return settings
@@ -236,6 +245,7 @@ def _open_database(path: Path) -> sa.Engine:
 
     @sa.event.listens_for(engine, "begin")
     def begin(connection: sa.Connection) -> None:
-        connection.exec_driver_sql("BEGIN")
+        # At once for writing: a transaction that has read before another wrote may not write any more (SQLITE_BUSY).
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine

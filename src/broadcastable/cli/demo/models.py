@@ -8,6 +8,7 @@ from sqlalchemy import DateTime, ForeignKey, String
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from broadcastable import Broadcastable, streams, streams_to
+from broadcastable.outbox.schema import tables
 
 
 class Base(DeclarativeBase):
@@ -34,3 +35,7 @@ class Message(Base, Broadcastable):
     sent_at: Mapped[datetime] = mapped_column(DateTime(timezone=True), default=lambda: datetime.now(UTC))
 
     room: Mapped[Room] = relationship()
+
+
+# For the outbox that is kept beside the messages, when they are kept.
+tables(Base.metadata)
