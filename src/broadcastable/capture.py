@@ -92,10 +92,11 @@ class _Flushed:
                 elif unsent.listeners:
                     unsent.note(unsent.Reason.UNCHANGED, model=plan.name)
         self.inserted.sort(key=_by_insert_order)
-        # The unit of work has sets; readers of a log like the same order each time.
-        with contextlib.suppress(TypeError):  # keys that do not compare
-            self.updated.sort(key=_by_key_of_first)
-            self.deleted.sort(key=_by_key)
+        if len(self.updated) > 1 or len(self.deleted) > 1:
+            # The unit of work has sets; readers of a log like the same order each time.
+            with contextlib.suppress(TypeError):  # keys that do not compare
+                self.updated.sort(key=_by_key_of_first)
+                self.deleted.sort(key=_by_key)
         if maybe_replaced:
             # A deleted row and a new one with its key became one UPDATE: SQLAlchemy takes the delete off the plan.
             new = {tuple(mapper.primary_key_from_instance(state.obj())) for state in self.inserted}
@@ -141,6 +142,8 @@ class _Flush(Recording):
     # Routes that follow from the row alone
 
     def _remove_direct(self, route: Route, flushed: _Flushed) -> None:
+        if not (flushed.deleted or flushed.replaced or flushed.updated):
+            return
         leaving = [*flushed.deleted, *flushed.replaced]
         leaving += [state for state, changed in flushed.updated if not changed.isdisjoint(route.placing)]
         for state in leaving:

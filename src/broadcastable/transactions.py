@@ -326,19 +326,21 @@ class Level:
 class Buffers:
     """All that a session has waiting; lives in `session.info` until the root transaction ends."""
 
+    # Defaults on the class: each commit of any session makes one of these.
+    delivery: Delivery | None = None
+    txid: str | None = None
+    # For the capture: whatever it wants to remember until the root transaction ends.
+    notes: Any = None
+    # The root's commit has begun: what a flush adds now is handed over at once, no other hook follows.
+    committing = False
+    # Commits that were announced by before_commit and have neither happened nor failed.
+    _announced = 0
+    _released: SessionTransaction | None = None
+    _rolled_back = False
+
     def __init__(self) -> None:
         self.levels: dict[SessionTransaction, Level] = {}
-        self.delivery: Delivery | None = None
-        self.txid: str | None = None
-        # For the capture: whatever it wants to remember until the root transaction ends.
-        self.notes: Any = None
         self._staged: list[tuple[Delivery, list[Batch]]] = []
-        # The root's commit has begun: what a flush adds now is handed over at once, no other hook follows.
-        self.committing = False
-        # Commits that were announced by before_commit and have neither happened nor failed.
-        self._announced = 0
-        self._released: SessionTransaction | None = None
-        self._rolled_back = False
 
     def delivery_for(self, session: Session) -> Delivery:
         """The delivery of the session's captured changes, the same for the whole transaction."""
@@ -367,8 +369,10 @@ class Buffers:
 
     def prepare(self, session: Session) -> None:
         """The root commits: have everything flushed, read and, where the delivery is transactional, staged."""
-        if self.levels:
-            session.flush()
+        if not self.levels:
+            self.committing = True
+            return
+        session.flush()
         self.committing = True
         self.finish(session)
 
@@ -376,10 +380,12 @@ class Buffers:
         """Read and stage what the root has so far; again after each flush that follows within the commit."""
         for level in self.levels.values():
             level.read_all(session)
-            deliveries = level.deliveries()
-            if [each for each in deliveries if each.settings.txid_from == "postgres"]:
-                txid(session)  # asks the database, which the commit is too late for
-            if [each for each in deliveries if each.transactional]:
+            transactional = False
+            for delivery in level.deliveries():
+                transactional = transactional or delivery.transactional
+                if delivery.settings.txid_from == "postgres":
+                    txid(session)  # asks the database, which the commit is too late for
+            if transactional:
                 connection = session.connection(bind_arguments={"mapper": level.mapper} if level.mapper else None)
                 for delivery, batches in level.take_batches(txid(session), transactional=True):
                     delivery.stage(connection, batches)
@@ -438,7 +444,8 @@ class Buffers:
                 self.prepare(session)
         elif transaction.parent is None:
             session.info.pop(_BUFFERS_KEY, None)
-            self._account_for_dropped()
+            if self.levels:
+                self._account_for_dropped()
 
     def _account_for_dropped(self) -> None:
         explicit = sum(level.explicit for level in self.levels.values())
