@@ -108,12 +108,14 @@ class Reader(threading.Thread):
 
     def __init__(self, streams: DurableStreams, stream: str) -> None:
         super().__init__(daemon=True)
-        self._url = streams.signed_stream_url(stream, expires_in=3600)
+        self._url, self._token = streams.signed_stream_primitives(stream, expires_in=3600)
         self.arrivals: queue.Queue[tuple[str, int]] = queue.Queue()
         self.open = threading.Event()
 
     def run(self) -> None:
-        with httpx.stream("GET", self._url, params={"offset": "-1", "live": "sse"}, timeout=None) as response:
+        params = {"offset": "-1", "live": "sse", "token": self._token}
+        with httpx.stream("GET", self._url, params=params, timeout=None) as response:
+            response.raise_for_status()
             self.open.set()
             is_data = False
             for line in response.iter_lines():
