@@ -12,8 +12,8 @@ Submodules: `aio` (the verbs, awaited), `testing`, `actors` (Dramatiq), `server`
 
 from __future__ import annotations
 
-from . import declarations
-from .declarations import streams_to
+from .declarations import streams, streams_to
+from .durable_streams import AsyncDurableStreams, DurableStreams, current
 from .errors import (
     BlankStreamables,
     BroadcastableError,
@@ -49,7 +49,6 @@ from .mixin import Broadcastable
 from .names import GID, locate, stream_name_from
 from .settings import Settings, configure, override
 from .snapshots import Snapshot
-from .durable_streams import AsyncDurableStreams, DurableStreams, current
 from .suppression import suppressing_streams
 from .tokens import PERMISSIONS, Gatekeeper
 from .transactions import confirm_txid, txid
@@ -68,9 +67,6 @@ from .verbs import (
     stream_offset,
     stream_snapshot,
 )
-
-# After all imports: that of the submodule of the same name has set it, too.
-streams = declarations.streams
 
 __version__ = "0.1.0"
 

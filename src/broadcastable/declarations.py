@@ -17,7 +17,7 @@ from typing import Any, Final, TypeAlias
 
 import msgspec
 import sqlalchemy as sa
-from sqlalchemy.orm import Mapper, RelationshipDirection, RelationshipProperty
+from sqlalchemy.orm import InstanceState, Mapper, RelationshipDirection, RelationshipProperty
 
 from .errors import DeclarationError, InvalidStreamName
 from .events import Operation, encode_json
@@ -200,7 +200,7 @@ def _known(streamable: Any, app: str) -> Any:
     if isinstance(streamable, list | tuple):
         return [_known(each, app) for each in streamable]
     state = sa.inspect(streamable, raiseerr=False)
-    if isinstance(state, sa.orm.InstanceState) and state.key is None:
+    if isinstance(state, InstanceState) and state.key is None:
         identity = state.mapper.primary_key_from_instance(streamable)
         if not any(part is None for part in identity):
             return GID(app, gid_name(state.mapper.class_), tuple(key_part(part) for part in identity))

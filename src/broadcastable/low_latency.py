@@ -26,6 +26,7 @@ from dramatiq.brokers.redis import RedisBroker
 from dramatiq.common import current_millis, q_name
 from dramatiq.errors import ConnectionClosed
 from redis.backoff import NoBackoff
+from redis.exceptions import NoPermissionError
 from redis.retry import Retry
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class _NotHere(Exception):
 
 
 def _is_refused(error: redis.ResponseError) -> bool:
-    return isinstance(error, redis.exceptions.NoPermissionError) or "unknown command" in str(error).lower()
+    return isinstance(error, NoPermissionError) or "unknown command" in str(error).lower()
 
 
 class _BlockingConsume:

@@ -21,6 +21,8 @@ from weakref import WeakKeyDictionary
 
 import redis
 import redis.asyncio
+from redis.asyncio.client import Pipeline as AsyncPipeline
+from redis.client import Pipeline
 
 from .client import AsyncStreamClient, StreamClient
 from .errors import BroadcastableError
@@ -70,7 +72,7 @@ class Pause:
 
 
 _Shared: TypeAlias = Claim | Remember | Forget
-_Pipeline: TypeAlias = redis.client.Pipeline | redis.asyncio.client.Pipeline
+_Pipeline: TypeAlias = Pipeline | AsyncPipeline
 Step: TypeAlias = StreamRequest | _Shared | Pause
 Flow: TypeAlias = Generator[Step, object, T]
 
@@ -218,7 +220,7 @@ class StreamProvisioner:
             self._redis_failed(error)
             return OURS
 
-    def _commands(self, pipe: redis.client.Pipeline | redis.asyncio.client.Pipeline, step: _Shared) -> None:
+    def _commands(self, pipe: Pipeline | AsyncPipeline, step: _Shared) -> None:
         key = self._key(step.stream)
         match step:
             case Claim():

@@ -506,8 +506,8 @@ def sync_session(session: AnySession) -> Session:
         registered: Session = session()
         return registered
     # The registry of async sessions has no `sync_session`; what it gives does.
-    present = session if hasattr(session, "sync_session") else session()
-    sync: Session = present.sync_session
+    of_async: Any = session
+    sync: Session = (of_async if hasattr(session, "sync_session") else of_async()).sync_session
     return sync
 
 

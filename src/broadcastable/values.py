@@ -128,10 +128,11 @@ def _to_json_by_kind(value: Any) -> Any:
         return _list(value)
     if isinstance(value, _ADDRESSES):
         return str(value)
+    of_a_library: Any = value
     if hasattr(value, "model_dump"):  # Pydantic, without importing it
-        return to_json_value(value.model_dump(mode="json"))
+        return to_json_value(of_a_library.model_dump(mode="json"))
     if hasattr(value, "tolist"):  # numpy scalars and arrays
-        return to_json_value(value.tolist())
+        return to_json_value(of_a_library.tolist())
     raise UnencodableValue(
         f"A {type(value).__module__}.{type(value).__qualname__} has no JSON form here. Convert it in "
         'to_stream_value() or value=, or mark its column info={"stream": False}'

@@ -13,8 +13,8 @@ from dramatiq.brokers.stub import StubBroker
 
 import broadcastable.actors
 from broadcastable.actors import DeliveryMiddleware, declare, declared_broker, wakeups_for
-from broadcastable.errors import ConfigurationError
 from broadcastable.durable_streams import DurableStreams, current
+from broadcastable.errors import ConfigurationError
 from tests.actors.served import Served
 from tests.services import wait_until
 

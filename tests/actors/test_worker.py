@@ -18,10 +18,10 @@ import pytest
 import redis
 from dramatiq.brokers.redis import RedisBroker
 
+from broadcastable.durable_streams import DurableStreams
 from broadcastable.errors import ConfigurationError
 from broadcastable.server import embedded_server
 from broadcastable.settings import Settings
-from broadcastable.durable_streams import DurableStreams
 from tests.services import free_port, wait_until
 
 

@@ -13,10 +13,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
 from broadcastable import Broadcastable, streams, streams_to
+from broadcastable.durable_streams import AsyncDurableStreams, DurableStreams
 from broadcastable.errors import BlankStreamables, StaleSnapshotError, UsageError
 from broadcastable.server.embedded import EmbeddedServer, embedded_server
 from broadcastable.settings import Settings
-from broadcastable.durable_streams import AsyncDurableStreams, DurableStreams
 from tests import services
 
 

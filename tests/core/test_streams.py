@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from broadcastable import aio, verbs
+from broadcastable.durable_streams import AsyncDurableStreams, DurableStreams, current
 from broadcastable.errors import (
     BlankStreamables,
     ConfigurationError,
@@ -25,7 +26,6 @@ from broadcastable.errors import (
 )
 from broadcastable.server.embedded import EmbeddedServer, embedded_server
 from broadcastable.settings import Settings, override
-from broadcastable.durable_streams import AsyncDurableStreams, DurableStreams, current
 from tests import services
 
 

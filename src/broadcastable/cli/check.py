@@ -113,6 +113,7 @@ def _bar(doing: str) -> Iterator[Any]:
 @contextmanager
 def _session(url: str | None, durable_streams: DurableStreams) -> Iterator[Session]:
     import sqlalchemy as sa
+    from sqlalchemy.exc import ArgumentError, OperationalError
     from sqlalchemy.orm import Session
 
     if url is None:
@@ -122,12 +123,12 @@ def _session(url: str | None, durable_streams: DurableStreams) -> Iterator[Sessi
         )
     try:
         engine = sa.create_engine(url)
-    except (sa.exc.ArgumentError, ImportError) as error:
+    except (ArgumentError, ImportError) as error:
         raise ConfigurationError(f"The database_url is of no use here: {error}") from error
     try:
         with Session(engine, info={"durable_streams": durable_streams}) as session:
             yield session
-    except sa.exc.OperationalError as error:
+    except OperationalError as error:
         raise ConfigurationError(f"The database cannot be read: {error.orig}") from error
     finally:
         engine.dispose()

@@ -21,6 +21,7 @@ from urllib.parse import quote
 
 import msgspec
 import sqlalchemy as sa
+from sqlalchemy import exc
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from broadcastable.events import Batch
@@ -120,10 +121,10 @@ class DatabaseOutbox:
         for _ in range(3):
             try:
                 return self._put(batches)
-            except (sa.exc.IntegrityError, sa.exc.OperationalError) as error:
+            except (exc.IntegrityError, exc.OperationalError) as error:
                 # The same ids, put at the same moment by somebody else, who has won: now they can be seen. MariaDB may
                 # find that the two wait for each other, before it comes to that.
-                if isinstance(error, sa.exc.OperationalError) and not _is_deadlock(error):
+                if isinstance(error, exc.OperationalError) and not _is_deadlock(error):
                     raise
         return self._put(batches)
 
@@ -633,7 +634,7 @@ def _json(ids: Sequence[int]) -> str:
     return msgspec.json.encode(ids).decode()
 
 
-def _is_deadlock(error: sa.exc.DBAPIError) -> bool:
+def _is_deadlock(error: exc.DBAPIError) -> bool:
     """MariaDB's and MySQL's ER_LOCK_DEADLOCK; PostgreSQL's deadlock_detected."""
     original = error.orig
     return original is not None and (original.args[:1] == (1213,) or getattr(original, "sqlstate", None) == "40P01")

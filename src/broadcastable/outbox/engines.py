@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import event
+from sqlalchemy import event, exc
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from broadcastable.errors import ConfigurationError
@@ -73,7 +73,7 @@ def sync_url(url: sa.URL | str) -> sa.URL:
     try:
         dialect = parsed.get_dialect()
         dialect.import_dbapi()
-    except (ImportError, sa.exc.NoSuchModuleError) as error:
+    except (ImportError, exc.NoSuchModuleError) as error:
         raise ConfigurationError(
             f"The database outbox is relayed with the driver {parsed.drivername!r}, which is not installed ({error}). "
             "Install it, or set database_url to a synchronous driver that is"

@@ -166,11 +166,11 @@ class MemoryOutbox:
             if not begun:
                 sizes = (map(len, batch.events) for batch in state.queue)
                 state.count = events_that_fit(sizes, state.skip, self._limits)
-            if lease is None or state.lease != lease:
-                state.lease = new_lease()
+            given = lease if lease is not None and state.lease == lease else new_lease()
+            state.lease = given
             state.leased_until = now + lease_for
             state.woken_at = now
-            return self._frame(stream, state, begun=begun, lease=state.lease)
+            return self._frame(stream, state, begun=begun, lease=given)
 
     def anchor(self, frame: Frame, offset: str) -> Frame:
         """See `Outbox.anchor`."""

@@ -410,22 +410,22 @@ class _Script:
 
 @cache
 def _script(name: str) -> _Script:
-    folder = resources.files(__package__) / "lua"
+    folder = resources.files("broadcastable.outbox") / "lua"
     text = (folder / "common.lua").read_text() + (folder / f"{name}.lua").read_text()
     return _Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
 def _round_trip(client: Any, calls: Sequence[_Call]) -> list[Any]:
     """The answers to *calls*, errors of the server among them. One round trip to each node that is concerned."""
-    is_cluster = isinstance(client, RedisCluster)
-    if not is_cluster:
+    if not isinstance(client, RedisCluster):
         return _pipelined(client, calls)
+    cluster: Any = client  # redis-py's own annotations allow no node at all here
     nodes: dict[str, list[int]] = {}
     for number, call in enumerate(calls):
-        nodes.setdefault(client.get_node_from_key(call.keys[0]).name, []).append(number)
+        nodes.setdefault(cluster.get_node_from_key(call.keys[0]).name, []).append(number)
     answers: list[Any] = [None] * len(calls)
     for name, numbers in nodes.items():
-        connection = client.get_redis_connection(client.get_node(node_name=name))
+        connection = cluster.get_redis_connection(cluster.get_node(node_name=name))
         for number, answer in zip(numbers, _pipelined(connection, [calls[n] for n in numbers]), strict=True):
             answers[number] = answer
     return answers

