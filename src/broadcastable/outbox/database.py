@@ -435,18 +435,19 @@ class DatabaseOutbox:
         rows = self._batches.c
         head = sa.select(*self._columns()).where(rows.id == state.head_id)
         first = (
-            sa.select(rows.id, rows.size)
+            sa.select(rows.id, rows.size, rows.events)
             .where(rows.stream == state.stream, rows.frame == 0)
             .order_by(rows.id)
             .limit(self._limits.max_events)
             .subquery("first")
         )
-        total = sa.func.sum(first.c.size).over(order_by=first.c.id)
-        summed = sa.select(first.c.id, (total - first.c.size).label("before")).subquery("summed")
+        bytes_before = sa.func.sum(first.c.size).over(order_by=first.c.id) - first.c.size
+        events_before = sa.func.sum(first.c.events).over(order_by=first.c.id) - first.c.events
+        summed = sa.select(first.c.id, bytes_before.label("bytes"), events_before.label("events")).subquery("summed")
         found = connection.execute(
             sa.select(*self._columns())
             .join(summed, summed.c.id == rows.id)
-            .where(summed.c.before < self._limits.max_bytes)
+            .where(summed.c.bytes < self._limits.max_bytes, summed.c.events < self._limits.max_events)
             .order_by(rows.id)
         )
         return stored([*([] if state.head_id is None else connection.execute(head)), *found])
