@@ -42,7 +42,7 @@ from .protocol import (
 )
 from .provisioner import Flow, StreamProvisioner, arun, run
 from .relay import Relay
-from .settings import Settings, current_settings, seconds
+from .settings import OutboxKind, Settings, current_settings, seconds
 from .snapshots import Snapshot
 from .tokens import PERMISSIONS, Gatekeeper
 from .values import to_json_value
@@ -235,7 +235,7 @@ class DurableStreams(_Verbs):
     Args:
         settings: `current_settings()` when None.
         broker: The Dramatiq broker for wake-ups; see also `actors.declare`.
-        outbox: A store in place of the one that `settings.outbox` names.
+        outbox: The name of a store, as the setting, or a store.
         transport: An httpx transport in place of the network.
         changes: Settings to change.
     """
@@ -245,16 +245,18 @@ class DurableStreams(_Verbs):
         settings: Settings | None = None,
         *,
         broker: dramatiq.Broker | None = None,
-        outbox: Outbox | None = None,
+        outbox: Outbox | OutboxKind | None = None,
         transport: httpx.BaseTransport | None = None,
         **changes: Any,
     ) -> None:
+        if isinstance(outbox, str):
+            changes["outbox"], outbox = outbox, None
         self.settings = (settings or current_settings()).replace(**changes)
         self.gatekeeper = Gatekeeper(self.settings)
         self.provisioner = StreamProvisioner(self.settings)
         self.client = StreamClient(self.settings, self.gatekeeper, transport=transport)
         self._lock = threading.RLock()
-        self._outbox = outbox
+        self._outbox: Outbox | None = outbox
         self._broker = broker
         self._wakeups: Wakeups | None = None
         self._relay: Relay | None = None
