@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,7 @@ class Stack:
 
     Args:
         outbox: "database" or "redis".
+        server: The command of another stream server, from its port and its directory.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Stack:
         writers: int = 4,
         pause: float = 0.02,
         on_files: bool = True,
+        server: Callable[[int, str], list[str]] | None = None,
     ) -> None:
         self._exits = ExitStack()
         self.rooms = rooms
@@ -108,7 +111,8 @@ class Stack:
         }
         data = str(directory / "streams") if on_files else ""
         python = [sys.executable, "-W", "ignore"]
-        self.server = Part([*python, "-c", SERVER, str(port), data], environment, directory / "server.log")
+        command = server(port, data) if server is not None else [*python, "-c", SERVER, str(port), data]
+        self.server = Part(command, environment, directory / "server.log")
         dramatiq = [*python, "-m", "dramatiq", "tests.chaos.worker", "--processes", "1", "--threads", "4"]
         self.workers = [Part(dramatiq, environment, directory / f"worker{n}.log") for n in range(workers)]
         app = [*python, "-m", "tests.chaos.app", str(writers), str(rooms)]

@@ -14,15 +14,20 @@ from typing import Any
 HERE = Path(__file__).parent
 
 
+def node() -> str:
+    """The path of Node, once its packages are there too; nothing is skipped without them."""
+    found = shutil.which("node")
+    if found is None or not (HERE / "node_modules").is_dir():
+        raise RuntimeError("The interop tests need Node 20 and its packages: npm install --prefix tests/interop")
+    return found
+
+
 class NodeProcess:
     """One of the scripts beside this file. Commands may overlap: one that waits does not hold up the others."""
 
     def __init__(self, script: str) -> None:
-        node = shutil.which("node")
-        if node is None or not (HERE / "node_modules").is_dir():
-            raise RuntimeError("The interop tests need Node 20 and its packages: npm install --prefix tests/interop")
         self._process = subprocess.Popen(
-            [node, str(HERE / script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [node(), str(HERE / script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self._numbers = itertools.count()
         self._answers: dict[int, queue.Queue[dict[str, Any]]] = {}
