@@ -11,8 +11,9 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy.orm import Session, make_transient
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, make_transient, mapped_column
 
+from broadcastable import Broadcastable, streams_to
 from broadcastable.transactions import Change, Changes, coalesce
 from tests.capture.models import Board, Card, Team
 from tests.capture.recorder import Recorder
@@ -276,6 +277,55 @@ def test_several_declarations_each_get_the_event(session: Session, recorder: Rec
         "gid://app/Board/1": [("update", "1")],
         "gid://app/Team/1/boards": [("update", "1")],
     }
+
+
+def test_a_row_that_vanishes_behind_our_back_before_the_commit_is_no_event(
+    session: Session, recorder: Recorder
+) -> None:
+    """What an expression gave is read before the commit; by then raw SQL may have deleted the row."""
+    session.get_one(Card, 1).title = Card.title + "!"  # type: ignore[assignment]
+    session.get_one(Card, 2).title = Card.title + "!"  # type: ignore[assignment]
+    session.flush()
+    session.execute(sa.text("DELETE FROM cards WHERE id = 1"))
+    session.commit()
+    assert recorder.summary() == [("update", "card", "2")]
+
+
+@pytest.mark.parametrize("functions", [False, True], ids=["columns alone", "with a function"])
+def test_server_defaults_that_the_flush_does_not_fetch_are_read_with_one_select(
+    engine: sa.Engine, recorder: Recorder, functions: bool
+) -> None:
+    loud = [streams_to("loud", when=lambda entry: entry.state == "new")] if functions else []
+
+    class Lazy(DeclarativeBase):
+        pass
+
+    class Entry(Lazy, Broadcastable):
+        __tablename__ = "entries"
+        __streams__ = (streams_to("entries"), *loud)
+        __mapper_args__ = {"eager_defaults": False}  # noqa: RUF012 - as SQLAlchemy has it
+        id: Mapped[int] = mapped_column(primary_key=True)
+        state: Mapped[str] = mapped_column(server_default="new")
+        edits: Mapped[int] = mapped_column(server_default="0", onupdate=sa.text("edits + 1"))
+
+    Lazy.metadata.create_all(engine)
+    with Session(engine, info={"durable_streams": recorder}) as session:
+        entries = [Entry() for _ in range(20)]
+
+        def add() -> None:
+            session.add_all(entries)
+            session.commit()
+
+        # Before the commit; or already in the flush, where a function of the application is going to look.
+        assert sum(each.startswith("SELECT") for each in statements(engine, add)) == 1
+        assert [event["value"]["state"] for event in recorder.events("entries")] == ["new"] * 20
+        assert len(recorder.events("loud")) == (20 if functions else 0)
+        recorder.clear()
+        entries[0].state = "old"
+        session.commit()
+        (event,) = recorder.events("entries")
+        assert (event["value"]["state"], event["value"]["edits"]) == ("old", 1)
+        assert recorder.summary("loud") == ([("delete", "entry", "1")] if functions else [])
 
 
 def statements(engine: Any, step: Callable[[], None]) -> list[str]:

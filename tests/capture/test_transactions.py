@@ -378,6 +378,13 @@ def test_a_deferred_event_keeps_its_place_and_stops_coalescing(session: Session,
     assert titles(recorder) == ["b", "said", "d"]
 
 
+def test_what_was_captured_before_a_deferred_event_goes_out_once(session: Session, recorder: Recorder) -> None:
+    change(session, "a")
+    transactions.defer(session, recorder, CARDS_OF_BOARD_1, explicit(value="said"))
+    session.commit()
+    assert titles(recorder) == ["a", "said"]
+
+
 def test_a_deferred_event_of_a_rolled_back_savepoint_is_dropped(session: Session, recorder: Recorder) -> None:
     change(session, "a")
     savepoint = session.begin_nested()
