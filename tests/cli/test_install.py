@@ -34,6 +34,9 @@ def alembic(here: Path) -> Config:
     command.init(config, "migrations")
     ini = here / "alembic.ini"
     ini.write_text(re.sub("(?m)^sqlalchemy.url = .*", "sqlalchemy.url = sqlite:///app.db", ini.read_text()))
+    # The template's fileConfig would silence the loggers of every test that comes after.
+    env = here / "migrations" / "env.py"
+    env.write_text(env.read_text().replace("config_file_name)", "config_file_name, disable_existing_loggers=False)"))
     return Config(str(ini))
 
 

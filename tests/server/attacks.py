@@ -50,7 +50,7 @@ def token(keys: KeyPair, *, kid: str | None = None, **changes: Any) -> str:
     claims = {
         "iss": ISSUER,
         "iat": now,
-        "exp": now + 600,
+        "exp": now + 7_200,
         "stream": STREAM,
         "permissions": ["read", "write"],
         **changes,
@@ -76,13 +76,13 @@ def _attacks_by_token(keys: KeyPair) -> Iterator[Attack]:
     good = token(keys)
     head, body, signature = good.split(".")
     stranger = generate_key_pair()
-    forged = _base64url({"iss": ISSUER, "iat": now, "exp": now + 600, "server": True})
+    forged = _base64url({"iss": ISSUER, "iat": now, "exp": now + 7_200, "server": True})
     hs256 = f"{_base64url({'alg': 'HS256', 'kid': keys.kid})}.{body}"
     mac = hmac.new(keys.public_pem.encode(), hs256.encode(), hashlib.sha256).digest()
     yield Attack("no token", 401)
     yield Attack("expired", 401, token(keys, iat=now - 600, exp=now - 60))
     yield Attack("expired server token", 401, token(keys, iat=now - 600, exp=now - 60, server=True))
-    yield Attack("not yet valid", 401, token(keys, nbf=now + 60))
+    yield Attack("not yet valid", 401, token(keys, nbf=now + 3_600))
     yield Attack("other issuer", 401, token(keys, iss="someone"))
     yield Attack("no issuer", 401, token(keys, iss=None))
     yield Attack("other audience", 401, token(keys, aud="others"))

@@ -511,7 +511,7 @@ def test_a_remembered_token_is_forgotten_when_it_expires(monkeypatch: pytest.Mon
     text = token(KEYS)
     assert hold(app, path=TARGET, headers=[bearer(text)]).status == 200
     now = time.time()
-    monkeypatch.setattr("broadcastable.server.verdicts.time.time", lambda: now + 611)
+    monkeypatch.setattr("broadcastable.server.verdicts.time.time", lambda: now + 7_211)
     assert hold(app, path=TARGET, headers=[bearer(text)]).status == 401
 
 
