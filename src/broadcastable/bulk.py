@@ -172,6 +172,8 @@ def _obstacle(plan: Plan, statement: Any, params: Any, session: Session) -> str:
     """Why *statement* cannot be captured; empty when it can."""
     if plan.mapper.polymorphic_on is not None and len(list(plan.mapper.self_and_descendants)) > 1:
         return "its rows may be of several classes; name the subclass"
+    if isinstance(statement, dml.Update) and not _returns_updated(plan, session) and _sets_a_key(plan, statement):
+        return "it changes primary keys, and the new ones are not returned"
     if not isinstance(statement, dml.Insert):
         return ""
     dialect = session.get_bind(plan.mapper).dialect
@@ -184,6 +186,17 @@ def _obstacle(plan: Plan, statement: Any, params: Any, session: Session) -> str:
     if not dialect.insert_returning or (many and not dialect.insert_executemany_returning):
         return f"{dialect.name} has no RETURNING for it"
     return ""
+
+
+def _returns_updated(plan: Plan, session: Session) -> bool:
+    return session.get_bind(plan.mapper).dialect.update_returning and len(plan.mapper.tables) == 1
+
+
+def _sets_a_key(plan: Plan, statement: dml.Update) -> bool:
+    # SQLAlchemy 2.0 keeps ordered values apart.
+    values = dict(getattr(statement, "_ordered_values", None) or statement._values or {})
+    names = {column if isinstance(column, str) else column.key for column in values}
+    return not names.isdisjoint({*plan.key, *(column.key for column in plan.mapper.primary_key)})
 
 
 def _warn(message: str) -> None:
@@ -265,8 +278,7 @@ class _Bulk:
             self.record(before, {})
             return deleted
         result: Result[Any]
-        dialect = self._session.get_bind(plan.mapper).dialect
-        if dialect.update_returning and len(plan.mapper.tables) == 1:
+        if _returns_updated(plan, self._session):
             result, after = self._returning(run, statement, args, kwargs)
         else:
             result = run(statement, *args, **kwargs)

@@ -58,3 +58,9 @@ def session(board_engine: sa.Engine, recorder: Recorder) -> Iterator[Session]:
         session.commit()
         recorder.clear()
         yield session
+
+
+@pytest.fixture(params=("sqlite", "postgres"))
+def async_database_url(request: pytest.FixtureRequest) -> str:
+    """The URL of a new, empty database, once for each backend that has an asyncio driver here."""
+    return str(request.getfixturevalue(f"{request.param}_url"))

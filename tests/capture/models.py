@@ -9,7 +9,7 @@ from broadcastable import Broadcastable, streams, streams_to
 
 
 class Base(DeclarativeBase):
-    pass
+    type_annotation_map = {str: sa.String(50)}  # noqa: RUF012 - MariaDB wants a length
 
 
 class Team(Base, Broadcastable):

@@ -85,19 +85,19 @@ async def cancelled(session: AsyncSession) -> None:
 
 @pytest.mark.parametrize("program", [savepoints, expired, refreshed, cancelled], ids=lambda program: program.__name__)
 def test_what_is_committed_goes_out(
-    database_url: str, recorder: Recorder, program: Callable[[AsyncSession], Awaitable[None]]
+    async_database_url: str, recorder: Recorder, program: Callable[[AsyncSession], Awaitable[None]]
 ) -> None:
     async def main() -> None:
-        async with sessions(database_url, recorder) as make, make() as session:
+        async with sessions(async_database_url, recorder) as make, make() as session:
             await program(session)
 
     asyncio.run(main())
     assert [event["value"]["title"] for event in recorder.events(CARDS_1)] == ["released"]
 
 
-def test_tasks_with_sessions_of_their_own_do_not_mix(database_url: str, recorder: Recorder) -> None:
+def test_tasks_with_sessions_of_their_own_do_not_mix(async_database_url: str, recorder: Recorder) -> None:
     async def main() -> None:
-        async with sessions(database_url, recorder) as make:
+        async with sessions(async_database_url, recorder) as make:
 
             async def move(card: int, commit: bool) -> None:
                 async with make() as session:

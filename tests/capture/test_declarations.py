@@ -33,7 +33,7 @@ from tests.capture.recorder import Recorder
 
 
 class Base(DeclarativeBase):
-    pass
+    type_annotation_map = {str: sa.String(50)}  # noqa: RUF012 - MariaDB wants a length
 
 
 class Org(Base):

@@ -298,7 +298,7 @@ def test_server_defaults_that_the_flush_does_not_fetch_are_read_with_one_select(
     loud = [streams_to("loud", when=lambda entry: entry.state == "new")] if functions else []
 
     class Lazy(DeclarativeBase):
-        pass
+        type_annotation_map = {str: sa.String(50)}  # noqa: RUF012 - MariaDB wants a length
 
     class Entry(Lazy, Broadcastable):
         __tablename__ = "entries"
