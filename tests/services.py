@@ -117,7 +117,7 @@ def fresh_database(server: sa.URL) -> Iterator[str]:
     name = f"test_{uuid.uuid4().hex}"
     postgres = server.get_backend_name() == "postgresql"
     with maintenance(server) as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name}" + (" TEMPLATE template1" if postgres else ""))
+        connection.exec_driver_sql(f"CREATE DATABASE {name}" + (" TEMPLATE template1" if postgres else " CHARACTER SET utf8mb4"))
     try:
         yield server.set(database=name).render_as_string(hide_password=False)
     finally:

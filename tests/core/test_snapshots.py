@@ -21,7 +21,7 @@ from tests import services
 
 
 class Base(DeclarativeBase):
-    pass
+    type_annotation_map = {str: sa.String(200)}  # noqa: RUF012 - MariaDB wants a length
 
 
 class Room(Base, Broadcastable):
