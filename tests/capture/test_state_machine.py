@@ -126,14 +126,27 @@ class Programs(RuleBasedStateMachine):
     def open(self, **options: Any) -> None:
         self.session = Session(self.engine, info={"durable_streams": self.recorder}, **options)
 
-    def do(self, step: Callable[[Session], T]) -> T:
+    def run(self, step: Callable[[Session], T]) -> T:
         return step(self.session)
 
-    def end(self, name: str) -> None:
-        self.savepoints.clear()
+    def call(self, name: str) -> None:
         getattr(self.session, name)()
 
     # Steps
+
+    def do(self, step: Callable[[Session], object]) -> None:
+        """A step, or where the database refuses it (keys that clash), a rollback: what was captured dies with it."""
+        try:
+            self.run(step)
+        except IntegrityError:
+            self.end("rollback")
+
+    def end(self, name: str) -> None:
+        self.savepoints.clear()
+        try:
+            self.call(name)
+        except IntegrityError:
+            self.call("rollback")
 
     @initialize(autoflush=st.booleans(), expire_on_commit=st.booleans(), transactional=st.booleans())
     def choose(self, autoflush: bool, expire_on_commit: bool, transactional: bool) -> None:
@@ -467,11 +480,10 @@ class AsyncPrograms(Programs):
     def open(self, **options: Any) -> None:
         self.async_session = AsyncSession(self.async_engine, info={"durable_streams": self.recorder}, **options)
 
-    def do(self, step: Callable[[Session], T]) -> T:
+    def run(self, step: Callable[[Session], T]) -> T:
         return self.loop.run_until_complete(self.async_session.run_sync(step))
 
-    def end(self, name: str) -> None:
-        self.savepoints.clear()
+    def call(self, name: str) -> None:
         self.loop.run_until_complete(getattr(self.async_session, name)())
 
 
