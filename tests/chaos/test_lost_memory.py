@@ -27,13 +27,14 @@ def server() -> Iterator[EmbeddedServer]:
 
 
 def queue(streams: DurableStreams, *numbers: int) -> None:
-    """Into the outbox, and left there: no worker runs in this process, and the drain is not called."""
+    """Into the outbox, one transaction each."""
     for n in numbers:
         streams.broadcast_event_later_to(STREAM, type="n", key=n, value={"n": n}, operation="insert")
     assert streams.handoff.flush(10)
 
 
 def deliver(streams: DurableStreams) -> None:
+    """As a worker would: with Redis there is none in this process."""
     streams.relay.deliver(STREAM)
     assert not streams.outbox.pending()
 
@@ -77,7 +78,7 @@ def test_an_outbox_restored_from_an_older_copy_doubles_nothing_and_swallows_noth
     settings = server.settings.replace(outbox="database", database_url=f"sqlite:///{file}")
     with DurableStreams(settings) as streams:
         queue(streams, 1)
-        deliver(streams)
+        assert streams.drain(20)
     with sqlite3.connect(file) as source, sqlite3.connect(copy) as target:
         source.backup(target)
     source.close()
@@ -85,7 +86,7 @@ def test_an_outbox_restored_from_an_older_copy_doubles_nothing_and_swallows_noth
     with DurableStreams(settings) as streams:
         for n in (2, 3):
             queue(streams, n)
-            deliver(streams)
+            assert streams.drain(20)
     for leftover in tmp_path.glob("app.db*"):
         leftover.unlink()
     shutil.copy(copy, file)
@@ -93,7 +94,7 @@ def test_an_outbox_restored_from_an_older_copy_doubles_nothing_and_swallows_noth
     with DurableStreams(settings) as streams:
         for n in (4, 5):
             queue(streams, n)
-            deliver(streams)
+            assert streams.drain(20)
         assert numbers(streams) == [1, 2, 3, 4, 5]
     assert len(warnings(caplog)) == 1
     assert "lost count" in warnings(caplog)[0]
