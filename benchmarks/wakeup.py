@@ -3,7 +3,7 @@
     python benchmarks/wakeup.py [samples]
 
 Starts a Valkey and a `dramatiq` command (2 processes of 8 threads, its default on two cores) for each of the two, sends
-them messages by turns after random quiet, and prints a table. Takes about 50 seconds. Read the ratios: the figures
+them messages by turns after random quiet, and prints a table. Takes about 45 seconds. Read the ratios: the figures
 depend on the machine.
 """
 
@@ -133,9 +133,9 @@ def enqueue_costs() -> None:
     print(f"{'':34}{'1 stream us':>14}{'10,000 streams ms':>20}{'messages':>10}")
     for name, waker in {
         "in this process": Waker(lambda: stub, "bench"),
-        "in this process, own markers": Waker(lambda: stub, "bench", markers=ProcessMarkers()),
+        "in this process, already marked": Waker(lambda: stub, "bench", markers=ProcessMarkers()),
         "Redis": Waker(lambda: broker, "bench"),
-        "Redis, shared markers": Waker(lambda: broker, "bench", markers=RedisMarkers(client, "bench")),
+        "Redis, already marked": Waker(lambda: broker, "bench", markers=RedisMarkers(client, "bench")),
     }.items():
         one = microseconds(lambda waker=waker: waker.wake(many[:1]), 500)
         began = time.perf_counter()
@@ -149,5 +149,5 @@ def enqueue_costs() -> None:
 
 
 if __name__ == "__main__":
-    latencies(int(sys.argv[1]) if len(sys.argv) > 1 else 40)
+    latencies(int(sys.argv[1]) if len(sys.argv) > 1 else 30)
     enqueue_costs()

@@ -26,6 +26,9 @@ STREAMS_PER_MESSAGE = 256
 MARKER_LIFE = 10.0
 """Seconds after which a stream may be woken again although no worker has taken its wake-up."""
 
+MARKED_AT_MOST = 64
+"""Streams in one call that are looked up among the markers. For more, the few messages are cheaper than the look."""
+
 # A broker that fails may block for seconds first (redis-py and pika retry by themselves), so it is asked again only
 # after ten times what the failure took: commits are slowed by a tenth at most.
 _PAUSE_FACTOR = 10.0
@@ -184,7 +187,7 @@ class Waker:
             log.warning("The markers of %d streams stay for up to %.0f s (%s)", len(streams), MARKER_LIFE, error)
 
     def _unmarked(self, streams: list[str]) -> list[str]:
-        if self._markers is None:
+        if self._markers is None or len(streams) > MARKED_AT_MOST:
             return streams
         try:
             return self._markers.mark(streams)

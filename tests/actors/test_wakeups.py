@@ -146,6 +146,16 @@ def test_a_marked_stream_is_not_woken_again_until_a_worker_has_taken_it(
     assert queued(stub_broker) == [["a", "b"], ["c"], ["a"]]
 
 
+def test_a_great_fan_out_is_sent_without_a_look_at_the_markers(
+    markers: ProcessMarkers | RedisMarkers, stub_broker: StubBroker
+) -> None:
+    waker = Waker(lambda: stub_broker, "broadcastable", markers=markers)
+    waker.wake(["a"])
+    waker.wake([*(f"s/{number}" for number in range(300)), "a"])
+    assert queued(stub_broker)[-1][-1] == "a"
+    assert markers.mark(["s/1"]) == ["s/1"]
+
+
 def test_a_marker_does_not_outlive_a_lost_wake_up_for_long(
     markers: ProcessMarkers | RedisMarkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
