@@ -2,6 +2,7 @@
 import { DurableStream, stream } from "@durable-streams/client"
 import { createStateSchema, createStreamDB } from "@durable-streams/state/db"
 import { createLiveQueryCollection, createOptimisticAction, eq } from "@tanstack/db"
+import { snapshotFirst } from "../../examples/react_todo/src/snapshot.js"
 import { obey } from "./commands.mjs"
 
 const dbs = new Map()
@@ -39,6 +40,19 @@ await obey({
       onEvent: (event) => events.push(event),
     })
     dbs.set(name, Object.assign(db, { events }))
+    await db.preload()
+  },
+
+  // A page that joins by a snapshot, as `DurableStreams.snapshot()` gives it, and follows the stream from its offset.
+  async join_by_snapshot({ name, snapshot, collections }) {
+    const state = createStateSchema(
+      Object.fromEntries(
+        Object.entries(collections).map(([key, [type, primaryKey]]) => [key, { schema: anything, type, primaryKey }]),
+      ),
+    )
+    const streamOptions = await snapshotFirst(async () => snapshot)
+    const db = createStreamDB({ streamOptions, state, live: "long-poll" })
+    dbs.set(name, db)
     await db.preload()
   },
 
