@@ -76,7 +76,7 @@ def test_a_broker_that_fails_is_left_alone_for_ten_times_as_long() -> None:
     waker = Waker(lambda: broker, "broadcastable")
     assert waker.wake(["a"]) == 0
     began = time.monotonic()
-    for _ in range(1_000):
+    for _ in range(50):
         waker.wake(["a"])
     assert broker.asked == 1
     assert time.monotonic() - began < 1.0
