@@ -117,7 +117,8 @@ def fresh_database(server: sa.URL) -> Iterator[str]:
     name = f"test_{uuid.uuid4().hex}"
     postgres = server.get_backend_name() == "postgresql"
     with maintenance(server) as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name}" + (" TEMPLATE template1" if postgres else " CHARACTER SET utf8mb4"))
+        options = "TEMPLATE template1" if postgres else "CHARACTER SET utf8mb4"
+        connection.exec_driver_sql(f"CREATE DATABASE {name} {options}")
     try:
         yield server.set(database=name).render_as_string(hide_password=False)
     finally:
