@@ -11,9 +11,11 @@ import pytest
 from broadcastable.durable_streams import current
 from broadcastable.events import Batch
 from broadcastable.outbox import Outbox
+from broadcastable.server.embedded import EmbeddedServer
 from broadcastable.settings import override
+from broadcastable.sweeper import Sweeper
 from broadcastable.tokens import generate_key_pair
-from tests.services import free_port
+from tests.services import free_port, wait_until
 
 Run = Callable[..., Any]
 
@@ -50,6 +52,8 @@ def test_nothing_waits(outbox: Outbox, run: Run) -> None:
         "batches": 0,
         "events": 0,
         "oldest_age_seconds": None,
+        "frames_per_second": 0.0,
+        "events_per_second": 0.0,
         "parked": [],
     }
     assert run("outbox", "list").stdout.strip() == "Nothing waits."
@@ -67,6 +71,23 @@ def test_what_waits_is_counted(outbox: Outbox, run: Run) -> None:
     listed = [json.loads(line) for line in run("outbox", "list", "--json").stdout.splitlines()]
     assert {each["stream"]: each["events"] for each in listed} == {"one": 6, "gid://app/Room/1": 1}
     assert json.loads(run("outbox", "list", "Room/1", "--json").stdout)["batches"] == 1
+
+
+def test_what_the_workers_deliver_is_shown(outbox: Outbox, run: Run, stream_server: EmbeddedServer) -> None:
+    """They tell the store in their sweeps, so it is seen from a process that delivers nothing itself."""
+    with override(server_url=stream_server.url, signing_key=stream_server.settings.signing_key):
+        durable_streams = current()
+        put(durable_streams.outbox, "status/one", events=3)
+        sweeper = Sweeper(durable_streams.outbox, durable_streams.relay.deliver)
+        sweeper.start()
+        wait_until(lambda: outbox.rate().frames_per_second, what="the sweep after the delivery")
+        sweeper.stop()
+        assert sweeper.join(10)
+        durable_streams.close()
+    shown = run("status").stdout
+    assert "0.3 events/s delivered in 0.1 frames/s" in shown
+    summary = json.loads(run("status", "--json").stdout)
+    assert (summary["frames_per_second"], summary["events_per_second"]) == (0.1, 0.3)
 
 
 def test_a_parked_stream_is_shown_and_fails_the_command(outbox: Outbox, run: Run) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from broadcastable.events import Batch, frame_body
-from broadcastable.outbox import Frame, Outbox
+from broadcastable.outbox import Frame, Outbox, Rate
 from tests.outbox.workers import LONG, SHORT, batch, claim, claim_when_free, deliver, events_of
 from tests.services import wait_until
 
@@ -727,3 +727,35 @@ def frames_until_empty(outbox: Outbox) -> list[Frame]:
 
 def pending_events(outbox: Outbox) -> int:
     return sum(each.events for each in outbox.pending(STREAM))
+
+
+def test_the_rate_is_what_was_acked_in_the_last_ten_seconds(make_outbox: MakeOutbox) -> None:
+    """By every process, each of which tells the store when it sweeps; what was acked twice counts once."""
+    one, other = make_outbox(), make_outbox()
+    assert one.rate() == Rate(0.0, 0.0)
+    one.put([batch(STREAM, "1", "2"), batch("another", "3", "4", "5")])
+    frame = claim(one, STREAM)
+    one.ack(frame, offset="1")
+    other.ack(frame, offset="1")
+    deliver(other, "another")
+    one.due()
+    other.due()
+    wait_until(lambda: other.rate() == Rate(0.2, 0.5), what="the end of the second")
+    one.due()
+    assert one.rate() == Rate(0.2, 0.5)
+    assert one.pending() == []
+
+
+def test_the_rate_falls_when_nothing_is_acked(make_outbox: MakeOutbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    for store in ("database", "rates", "redis"):
+        monkeypatch.setattr(f"broadcastable.outbox.{store}.SECONDS", 1)
+    outbox = make_outbox()
+
+    def seen() -> bool:
+        outbox.put([batch(STREAM)])
+        deliver(outbox, STREAM)
+        outbox.due()
+        return outbox.rate() != Rate(0.0, 0.0)
+
+    wait_until(seen, what="a rate")
+    wait_until(lambda: outbox.rate() == Rate(0.0, 0.0), what="its end")

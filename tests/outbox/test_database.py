@@ -428,7 +428,7 @@ def test_what_is_kept_for_a_time_is_removed_after_it(
     deliver(outbox, "s")
     monkeypatch.setattr(outbox, "_tidy_at", 0.0)
     outbox.due()
-    assert rows() == (5, 3), "two batches and three ids; all states"
+    assert rows() == (6, 3), "two batches, three ids and what was acked; all states"
     monkeypatch.setattr(database, "IDS_KEPT_FOR", -60_000)
     monkeypatch.setattr(database, "STATE_KEPT_FOR", -60_000)
     monkeypatch.setattr(outbox, "_tidy_at", 0.0)

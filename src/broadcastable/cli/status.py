@@ -17,7 +17,7 @@ from .console import err, fail, out, print_json
 
 if TYPE_CHECKING:
     from broadcastable.durable_streams import DurableStreams
-    from broadcastable.outbox import PendingStream
+    from broadcastable.outbox import Outbox, PendingStream, Rate
 
 MOST_SHOWN = 30
 
@@ -30,26 +30,26 @@ def status(
     app: App = None,
     json: Json = False,
 ) -> None:
-    """Show what waits in the outbox: batches, events, the age of the oldest, and streams that are parked.
+    """Show what waits in the outbox, how old the oldest is, which streams are parked, and how fast it empties.
 
     Exits 1 when a stream is parked: it waits for `broadcastable outbox retry` or `drop`.
     """
     durable_streams = _shared(app)
     if not watch:
-        pending = durable_streams.outbox.pending()
+        pending, rate = _look(durable_streams.outbox)
         if json:
-            print_json(_summary(durable_streams, pending))
+            print_json(_summary(durable_streams, pending, rate))
         else:
-            out.print(_table(durable_streams, pending))
+            out.print(_table(durable_streams, pending, rate))
         raise typer.Exit(1 if any(each.parked for each in pending) else 0)
     try:
         if json:
             while True:
-                print_json(_summary(durable_streams, durable_streams.outbox.pending()))
+                print_json(_summary(durable_streams, *_look(durable_streams.outbox)))
                 time.sleep(every)
         with Live(console=out, auto_refresh=False, screen=out.is_terminal) as live:
             while True:
-                live.update(_table(durable_streams, durable_streams.outbox.pending()), refresh=True)
+                live.update(_table(durable_streams, *_look(durable_streams.outbox)), refresh=True)
                 time.sleep(every)
     except KeyboardInterrupt:
         raise typer.Exit(0) from None
@@ -115,13 +115,19 @@ def _shared(app: str | None) -> DurableStreams:
     return durable_streams
 
 
-def _summary(durable_streams: DurableStreams, pending: Sequence[PendingStream]) -> dict[str, Any]:
+def _look(outbox: Outbox) -> tuple[list[PendingStream], Rate]:
+    return outbox.pending(), outbox.rate()
+
+
+def _summary(durable_streams: DurableStreams, pending: Sequence[PendingStream], rate: Rate) -> dict[str, Any]:
     return {
         "outbox": durable_streams.settings.outbox,
         "streams": len(pending),
         "batches": sum(each.batches for each in pending),
         "events": sum(each.events for each in pending),
         "oldest_age_seconds": _oldest(pending),
+        "frames_per_second": rate.frames_per_second,
+        "events_per_second": rate.events_per_second,
         "parked": [_as_json(each) for each in pending if each.parked is not None],
     }
 
@@ -136,7 +142,7 @@ def _as_json(each: PendingStream) -> dict[str, Any]:
     }
 
 
-def _table(durable_streams: DurableStreams, pending: Sequence[PendingStream]) -> Group:
+def _table(durable_streams: DurableStreams, pending: Sequence[PendingStream], rate: Rate) -> Group:
     parked = sum(1 for each in pending if each.parked is not None)
     oldest = _oldest(pending)
     head = Text()
@@ -150,7 +156,9 @@ def _table(durable_streams: DurableStreams, pending: Sequence[PendingStream]) ->
     if parked:
         head.append(f"; {parked} parked", style="bold red")
     head.append(f"  {time.strftime('%H:%M:%S')}", style="dim")
-    return Group(head, *([_streams(pending, MOST_SHOWN)] if pending else []))
+    speed = Text(f"{rate.events_per_second:,.1f} events/s delivered in {rate.frames_per_second:,.1f} frames/s")
+    speed.append("  in the last ten seconds", style="dim")
+    return Group(head, speed, *([_streams(pending, MOST_SHOWN)] if pending else []))
 
 
 def _streams(pending: Sequence[PendingStream], most: int) -> Table:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from broadcastable.events import Batch
 
-__all__ = ["Batch", "BatchMark", "Frame", "FrameId", "Outbox", "PendingStream"]
+__all__ = ["Batch", "BatchMark", "Frame", "FrameId", "Outbox", "PendingStream", "Rate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,14 @@ class PendingStream:
     events: int
     oldest_at: int | None
     parked: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """How fast batches leave the outbox: appends that were acked, and the events in them, a second."""
+
+    frames_per_second: float
+    events_per_second: float
 
 
 class Outbox(Protocol):
@@ -216,6 +224,8 @@ class Outbox(Protocol):
 
         A stream whose last wake-up or claim is younger than that is left alone. Each one returned is marked as woken
         now, so that several sweepers do not all wake the same. Not one round trip.
+
+        It also tells the store what this process has acked since the last call, for `rate`.
         """
         ...
 
@@ -223,6 +233,13 @@ class Outbox(Protocol):
         """The streams that have undelivered batches, oldest first; or just *stream*, if it has any.
 
         Not one round trip.
+        """
+        ...
+
+    def rate(self) -> Rate:
+        """What all workers acked in the last ten seconds, a second.
+
+        For people, not for accounts: a second or so behind, and without the last second of a worker that was killed.
         """
         ...
 

@@ -27,9 +27,10 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 from broadcastable.events import Batch
 from broadcastable.settings import Settings
 
-from . import BatchMark, Frame, FrameId, PendingStream
+from . import BatchMark, Frame, FrameId, PendingStream, Rate
 from .engines import Database, check, lends_its_pool, open_engine, sync_url
 from .framing import Limits, events_that_fit, new_lease
+from .rates import SECONDS, Tally, rate_of
 from .rows import Stored, put_id_of, row_of, split, stored
 from .schema import MYSQL, ExactText, OutboxTables, now_ms, tables
 
@@ -51,6 +52,9 @@ TIDY_EVERY = 600.0
 """Seconds between two removals of what is no longer kept, in each process that sweeps."""
 
 LONGEST_ERROR = 10_000
+
+ACKED = -1
+"""The `frame` of a row that says what a process acked in a second: it has no stream, its `size` counts frames."""
 
 T = TypeVar("T")
 
@@ -92,6 +96,7 @@ class DatabaseOutbox:
         self._opened_by = 0
         self._opening = threading.Lock()
         self._tidy_at = time.monotonic() + TIDY_EVERY
+        self._acked = Tally()
         check(engine_or_url)
 
     @classmethod
@@ -251,7 +256,8 @@ class DatabaseOutbox:
             changes = {"seq": state.seq + 1, "count": 0, "head_id": rest_id, "skip": rest, "parked": None}
             changes |= {"rest_id": None, "rest": 0} | ({} if offset is None else {"anchor": offset})
             self._change(connection, frame.stream, changes)
-            return True
+        self._acked.add(acked)
+        return True
 
     def renew(self, frame: Frame, *, above: int) -> Frame:
         """See `Outbox.renew`. Two to three statements."""
@@ -347,8 +353,10 @@ class DatabaseOutbox:
     # Status
 
     def due(self, *, older_than: float = 1.0, limit: int = 1_000) -> list[str]:
-        """See `Outbox.due`. Steps from stream to stream in the index, however many batches wait. Four statements."""
+        """See `Outbox.due`. Steps from stream to stream in the index, however many batches wait. Four statements, and
+        one more after a second in which this process acked something."""
         with self._transaction() as connection:
+            self._count_acked(connection)
             now: int = connection.execute(sa.select(now_ms())).scalar_one()
             old = now - _milliseconds(older_than)
             waiting = self._first_put()
@@ -378,6 +386,13 @@ class DatabaseOutbox:
                 due.update(mine)
         self._tidy()
         return [row.stream for row in found if row.stream in due]
+
+    def _count_acked(self, connection: sa.Connection) -> None:
+        frames, events = self._acked.take()
+        if frames:
+            # A row of its own, so that no two processes wait for each other. It goes with the ids of `put`.
+            row = {"stream": "", "frame": ACKED, "created_at": 0, "events": events, "size": frames}
+            self._insert(connection, [row | {"about": b"", "payload": b""}])
 
     def _first_put(self) -> sa.Subquery:
         """Each stream that has rows, and the `put_at` of its first free row, or of its first one when none is free."""
@@ -414,6 +429,17 @@ class DatabaseOutbox:
                 PendingStream(row.stream, row.batches, int(row.events) - (row.skip or 0), row.oldest_at, row.parked)
                 for row in connection.execute(statement)
             ]
+
+    def rate(self) -> Rate:
+        """See `Outbox.rate`. One statement."""
+        rows = self._batches.c
+        age = now_ms() - rows.put_at
+        sums = sa.select(sa.func.sum(rows.size), sa.func.sum(rows.events)).where(
+            rows.stream == "", rows.frame == ACKED, age.between(0, SECONDS * 1000)
+        )
+        with self._transaction() as connection:
+            frames, events = connection.execute(sums).one()
+        return rate_of(int(frames or 0), int(events or 0))
 
     def close(self) -> None:
         """Close the connections of the relay's own engine; the pool of an engine that was given stays as it is."""

@@ -21,8 +21,9 @@ from broadcastable.errors import OutboxFull, UsageError
 from broadcastable.events import Batch
 from broadcastable.settings import Settings
 
-from . import Frame, FrameId, PendingStream
+from . import Frame, FrameId, PendingStream, Rate
 from .framing import Limits, events_that_fit, new_lease, take
+from .rates import Recent
 
 BATCH_OVERHEAD = 700
 EVENT_OVERHEAD = 64
@@ -114,6 +115,7 @@ class MemoryOutbox:
         self._ids: dict[str, None] = {}
         self._bytes = 0
         self._last_epoch = 0
+        self._recent = Recent()
 
     def _begin_again_after_fork(self) -> None:
         self._producer_id = f"{self._producer_id}-{uuid.uuid4().hex[:12]}"
@@ -187,7 +189,9 @@ class MemoryOutbox:
             state = self._current(frame)
             if state is None:
                 return False
-            state.skip += min(state.count, len(frame.events) if events is None else events)
+            acked = min(state.count, len(frame.events) if events is None else events)
+            self._recent.add(self._clock(), acked)
+            state.skip += acked
             while state.queue and state.skip >= len(state.queue[0].events):
                 batch = state.queue.popleft()
                 state.put_at.popleft()
@@ -301,6 +305,11 @@ class MemoryOutbox:
                 if (state := self._streams[name]).queue
             ]
         return sorted(pending, key=lambda each: each.oldest_at or 0)
+
+    def rate(self) -> Rate:
+        """See `Outbox.rate`. Up to the last whole second."""
+        with self._lock:
+            return self._recent.rate(self._clock())
 
     def close(self) -> None:
         """Nothing to close; what waits goes on waiting."""

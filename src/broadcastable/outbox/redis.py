@@ -41,8 +41,9 @@ from broadcastable.errors import ConfigurationError, UsageError
 from broadcastable.events import Batch
 from broadcastable.settings import Settings
 
-from . import BatchMark, Frame, FrameId, PendingStream
+from . import BatchMark, Frame, FrameId, PendingStream, Rate
 from .framing import Limits, first_events, new_lease, parts_of
+from .rates import SECONDS, Tally, rate_of
 
 SHARDS = 4
 """Slots that share the index of streams."""
@@ -65,6 +66,9 @@ STREAMS_A_TRIP = 500
 
 PAGES_A_SWEEP = 10
 """Pages of the index that one sweep reads; the next sweep goes on with those that were looked at longest ago."""
+
+RING = 2 * SECONDS
+"""Seconds of which it is kept what was acked in them."""
 
 _HEAD = struct.Struct(">dBI")
 
@@ -124,6 +128,7 @@ class RedisOutbox:
         self._prefix = _without_braces(namespace)
         self._producer_id = f"{quote(namespace)}-redis"
         self._limits = Limits(max_frame_bytes, max_frame_events)
+        self._acked = Tally()
 
     @classmethod
     def from_settings(cls, settings: Settings) -> RedisOutbox:
@@ -201,7 +206,10 @@ class RedisOutbox:
     def ack(self, frame: Frame, *, offset: str | None, events: int | None = None) -> bool:
         """See `Outbox.ack`."""
         removed = len(frame.events) if events is None else events
-        return bool(self._frozen("ack", frame, removed, int(offset is not None), offset or "", STATE_KEPT_FOR))
+        acked = bool(self._frozen("ack", frame, removed, int(offset is not None), offset or "", STATE_KEPT_FOR))
+        if acked:
+            self._acked.add(removed)
+        return acked
 
     def renew(self, frame: Frame, *, above: int) -> Frame:
         """See `Outbox.renew`."""
@@ -240,15 +248,18 @@ class RedisOutbox:
         upto = [""] * SHARDS
         page = min(limit, STREAMS_A_TRIP)
         while True:
-            found = self._call(
-                [_Call("candidates", self._index(shard), (upto[shard], page)) for shard in range(SHARDS)]
-            )
+            candidates = [_Call("candidates", self._index(shard), (upto[shard], page)) for shard in range(SHARDS)]
+            found = self._call([*candidates, *self._count_acked()])[:SHARDS]
             upto = [answer[0].decode() for answer in found]
             listed = [(shard, *seen) for shard, answer in enumerate(found) for seen in _listed(answer)]
             looks = listed[: limit - len(due)]
             due += self._look(looks, _milliseconds(older_than))
             if len(due) >= limit or len(listed) == 0:
                 return due
+
+    def _count_acked(self) -> list[_Call]:
+        frames, events = self._acked.take()
+        return [_Call("acked", (self._ring(),), (frames, events, RING))] if frames else []
 
     def _look(self, listed: Sequence[tuple[int, str, bool]], older_than: int) -> list[str]:
         """Look at streams of the index, and write down in it what was found; those that are due."""
@@ -281,6 +292,11 @@ class RedisOutbox:
                     pending.append(PendingStream(name, int(batches), int(events), int(oldest_at), error))
         return sorted(pending, key=lambda each: each.oldest_at or 0)
 
+    def rate(self) -> Rate:
+        """See `Outbox.rate`. One round trip."""
+        ((frames, events),) = self._call([_Call("rate", (self._ring(),), (SECONDS, RING))])
+        return rate_of(int(frames), int(events))
+
     def close(self) -> None:
         """Close the connections of the client, unless it is yours."""
         if self._owned:
@@ -296,6 +312,9 @@ class RedisOutbox:
 
     def _index(self, shard: int) -> tuple[str, str]:
         return f"{self._prefix}:index:{{{shard}}}:active", f"{self._prefix}:index:{{{shard}}}:idle"
+
+    def _ring(self) -> str:
+        return f"{self._prefix}:index:{{0}}:acked"
 
     # Calls
 

@@ -82,7 +82,8 @@ class OutboxTables:
     """What `tables` made.
 
     Attributes:
-        batches: One row for each batch that waits, and one for each id of `put` in its last minutes (with no stream).
+        batches: One row for each batch that waits; with no stream, for some minutes, one for each id of `put`, and one
+            for each second in which a process acked something.
         streams: One row for each stream that was ever delivered.
     """
 
