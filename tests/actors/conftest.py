@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import dramatiq
 import pytest
 from dramatiq.brokers.stub import StubBroker
 
+from tests.actors.commands import Command
 from tests.actors.served import Served
 
 
@@ -48,3 +50,16 @@ def start_worker() -> Iterator[Callable[..., dramatiq.Worker]]:
 @pytest.fixture(autouse=True)
 def _no_declared_broker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("broadcastable.actors._declared", None)
+
+
+@pytest.fixture
+def run_dramatiq(tmp_path: Path) -> Iterator[Callable[..., Command]]:
+    commands: list[Command] = []
+
+    def run(environment: dict[str, str], *arguments: str) -> Command:
+        commands.append(Command(tmp_path / f"worker-{len(commands)}.log", environment, *arguments))
+        return commands[-1]
+
+    yield run
+    for command in commands:
+        command.kill()

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 import uuid
@@ -22,71 +17,8 @@ from broadcastable.durable_streams import DurableStreams
 from broadcastable.errors import ConfigurationError
 from broadcastable.server import embedded_server
 from broadcastable.settings import Settings
+from tests.actors.commands import ONE, Command, environment_of, numbers_in
 from tests.services import free_port, wait_until
-
-
-class Command:
-    """A `dramatiq` command, with its worker processes in a process group of their own."""
-
-    def __init__(self, log: Path, environment: dict[str, str], *arguments: str) -> None:
-        self._log = log
-        with log.open("wb") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "dramatiq", *arguments],
-                env=os.environ | environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    @property
-    def output(self) -> str:
-        return self._log.read_text()
-
-    def wait_until_ready(self) -> Command:
-        wait_until(
-            lambda: "ready for action" in self.output or self._process.poll() is not None, within=60, what="the boot"
-        )
-        assert self._process.poll() is None, self.output
-        return self
-
-    def kill(self) -> None:
-        """SIGKILL for the command and its workers."""
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-    def terminate(self) -> int:
-        """SIGTERM as from a deploy; the exit status."""
-        self._process.terminate()
-        return self._process.wait(30)
-
-    def wait(self) -> int:
-        return self._process.wait(60)
-
-
-@pytest.fixture
-def run_dramatiq(tmp_path: Path) -> Iterator[Callable[..., Command]]:
-    commands: list[Command] = []
-
-    def run(environment: dict[str, str], *arguments: str) -> Command:
-        commands.append(Command(tmp_path / f"worker-{len(commands)}.log", environment, *arguments))
-        return commands[-1]
-
-    yield run
-    for command in commands:
-        command.kill()
-
-
-def environment_of(settings: Settings) -> dict[str, str]:
-    values = {
-        "REDIS_URL": settings.redis_url,
-        "SERVER_URL": settings.server_urls[0],
-        "SIGNING_KEY": settings.signing_key,
-        "OUTBOX": settings.outbox,
-        "NAMESPACE": settings.namespace,
-    }
-    return {f"BROADCASTABLE_{name}": value for name, value in values.items() if value}
 
 
 @pytest.fixture
@@ -106,23 +38,9 @@ def streams(settings: Settings) -> Iterator[DurableStreams]:
         yield streams
 
 
-def numbers_in(streams: DurableStreams, stream: str) -> list[int]:
-    events: list[bytes] = []
-    offset = "-1"
-    while True:
-        page = streams.client.read(stream, offset)
-        events.extend(page.events)
-        offset = page.next_offset
-        if page.up_to_date:
-            return [json.loads(event)["n"] for event in events]
-
-
 def dead_letters(settings: Settings) -> int:
     with redis.Redis.from_url(settings.redis_url) as client:
         return int(client.zcard(f"dramatiq:{settings.namespace}.XQ"))
-
-
-ONE = ("-p", "1", "-t", "4")
 
 
 def test_a_ready_worker_delivers_what_an_application_commits(
