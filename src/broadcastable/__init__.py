@@ -1,10 +1,16 @@
 """Durable Streams for SQLAlchemy: every committed change reaches every subscriber, in commit order, exactly once.
 
-    class Room(Base, Broadcastable):
-        __streams__ = streams()
+>>> class Room(Base, Broadcastable):
+...     __tablename__ = "rooms"
+...     __streams__ = streams()
+...     id: Mapped[int] = mapped_column(primary_key=True)
 
-    class Message(Base, Broadcastable):
-        __streams__ = streams_to("room", "messages")
+>>> class Message(Base, Broadcastable):
+...     __tablename__ = "messages"
+...     __streams__ = streams_to("room", "messages")
+...     id: Mapped[int] = mapped_column(primary_key=True)
+...     room_id: Mapped[int] = mapped_column(ForeignKey("rooms.id"))
+...     room: Mapped[Room] = relationship()
 
 Submodules: `aio` (the verbs, awaited), `testing`, `actors` (Dramatiq), `server` (the embedded stream server, extra
 `server`), `outbox.database` (its tables), `metrics`.

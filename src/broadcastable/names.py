@@ -114,6 +114,11 @@ def stream_name_from(*streamables: Streamable, app: str | None = None) -> str:
 
     Nested sequences are flattened; None, "" and empty sequences are dropped. No I/O.
 
+    >>> stream_name_from(room, "messages")
+    'gid://app/Room/1/messages'
+    >>> stream_name_from("news", [None, ["sport", ""]])
+    'news/sport'
+
     Args:
         streamables: Persistent instances, plain names, None, or sequences of those.
         app: The gid's application; `Settings.gid_app` when None.

@@ -129,7 +129,9 @@ def embedded_server(
 ) -> Iterator[EmbeddedServer]:
     """A running stream server, for tests, demos and development.
 
-        with embedded_server() as server, DurableStreams(server.settings) as durable_streams: ...
+    >>> with embedded_server() as server, DurableStreams(server.settings) as durable_streams:
+    ...     durable_streams.broadcast_to("news", headline="Rain")
+    True
 
     Args:
         port: 0 for a free one.

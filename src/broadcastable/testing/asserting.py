@@ -94,8 +94,9 @@ def assert_broadcasts(
 ) -> BroadcastAssertion:
     """Assert that something is broadcast, by the block or, as a statement of its own, in the test so far.
 
-        with assert_broadcasts(room, count=1, operation="insert", value={"body": "Hi"}):
-            client.post(...)
+    >>> with assert_broadcasts(room, count=1, operation="insert", value={"body": "Hi"}):
+    ...     session.add(Message(room=room, body="Hi"))
+    ...     session.commit()
 
     Any thread and any task may broadcast. Nothing is sent. Changes count once they are committed, also where the
     commit is part of an outer transaction that the test rolls back.
@@ -215,9 +216,11 @@ class CapturedBroadcasts(Sequence[Broadcast]):
 def capture_broadcasts(*streamables: Streamable, exact: bool = False) -> CapturedBroadcasts:
     """The broadcasts on a stream, as a sequence: of a block, or without one of the test so far.
 
-        with capture_broadcasts(room, "messages") as seen:
-            client.post(...)
-        assert [each.value["body"] for each in seen] == ["Hi"]
+    >>> with capture_broadcasts(room, "messages") as seen:
+    ...     session.add(Message(room=room, body="Hi"))
+    ...     session.commit()
+    >>> [each.value["body"] for each in seen]
+    ['Hi']
 
     The sequence grows with the block and stays as it is after its end. For the arguments see `assert_broadcasts`.
     """

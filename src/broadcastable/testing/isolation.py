@@ -58,7 +58,11 @@ def freeze_txid(
 ) -> Iterator[None]:
     """Give every transaction a known id, for tests that compare whole events.
 
-        with freeze_txid("tx-1", clock=datetime(2026, 1, 1, tzinfo=UTC)):
+    >>> with freeze_txid("tx-1", clock=datetime(2026, 1, 1, tzinfo=UTC)), capture_broadcasts(room) as seen:
+    ...     session.add(Message(room=room, body="Hi"))
+    ...     session.commit()
+    >>> seen[0].payload["headers"]
+    {'operation': 'insert', 'txid': 'tx-1', 'timestamp': '2026-01-01T00:00:00.000Z'}
 
     Ids that come from somewhere else stay: `session.info["txid"]`, an argument, `txid_from="postgres"`.
 

@@ -52,8 +52,12 @@ class MemoryStreams(httpx.MockTransport):
 
     Give it to a `DurableStreams`, an `AsyncDurableStreams` or an httpx client of your own:
 
-        memory = MemoryStreams()
-        durable_streams = DurableStreams(server_url=memory.url, transport=memory)
+    >>> memory = MemoryStreams()
+    >>> durable_streams = DurableStreams(server_url=memory.url, signing_key=key, transport=memory)
+    >>> durable_streams.broadcast_to("news", headline="Rain")
+    True
+    >>> memory.events("news")
+    [{'headline': 'Rain'}]
 
     The fixture `durable_streams` has one already: `memory_streams`.
 
