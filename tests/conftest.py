@@ -23,6 +23,7 @@ from broadcastable.server.embedded import EmbeddedServer, embedded_server
 from broadcastable.settings import Settings
 from broadcastable.tokens import generate_key_pair
 from tests import services
+from tests.clock import Clock
 from tests.state_protocol import Tap
 
 pytest_plugins = ["pytester"]
@@ -60,6 +61,11 @@ def every_event_follows_the_state_protocol(_state_protocol_tap: Tap) -> Iterator
     """Fails any test in which a change event is made that the State Protocol does not allow."""
     yield _state_protocol_tap
     _state_protocol_tap.check()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
 
 
 # Redis

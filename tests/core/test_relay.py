@@ -15,24 +15,10 @@ from broadcastable.provisioner import StreamProvisioner
 from broadcastable.relay import Relay
 from broadcastable.settings import Settings
 from broadcastable.tokens import Gatekeeper
+from tests.clock import Clock
 from tests.core.origin import Origin, answer, lose_answer, lose_request, refuse_connection, repeat
 
 ROOM = "gid://app/Room/1"
-
-
-class Clock:
-    """A clock of the test's own, so that a lease or a delay passes when the test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1_800_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

@@ -11,22 +11,8 @@ from broadcastable.errors import OutboxFull, UsageError
 from broadcastable.outbox import memory
 from broadcastable.outbox.memory import BATCH_OVERHEAD, EVENT_OVERHEAD, MemoryOutbox
 from broadcastable.settings import Settings
+from tests.clock import Clock
 from tests.outbox.workers import LONG, batch, claim, deliver
-
-
-class Clock:
-    """Time that stands still until it is told."""
-
-    def __init__(self) -> None:
-        self.now = 1_700_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture
