@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from tests import services
 
 from broadcastable import Broadcastable, mixin, streams_to
 from broadcastable.events import Batch
+from broadcastable.handoff import Handoff, Turn
 from broadcastable.outbox.memory import MemoryOutbox
 from broadcastable.settings import Settings
 
@@ -80,12 +81,19 @@ class IntoMemory:
 
     def empty(self) -> None:
         self.outbox = MemoryOutbox.from_settings(self.settings)
+        self.handoff = Handoff(self.outbox, lambda streams: None, max_bytes=1 << 26, blocking=False)
 
     def stage(self, connection: sa.Connection, batches: Sequence[Batch]) -> None:
         raise AssertionError("not transactional")
 
-    def committed(self, batches: Sequence[Batch], *, joined: bool = False) -> None:
-        self.outbox.put(batches)
+    def announce(self, streams: Collection[str]) -> Turn:
+        return self.handoff.announce(streams)
+
+    def withdraw(self, turn: Turn) -> None:
+        self.handoff.withdraw(turn)
+
+    def committed(self, batches: Sequence[Batch], *, turn: Turn | None = None, joined: bool = False) -> None:
+        self.handoff.submit(batches, turn)
 
 
 delivery = IntoMemory()

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
@@ -26,7 +26,7 @@ from .client import AsyncStreamClient, StreamClient
 from .counters import counters
 from .errors import BlankStreamables, ConfigurationError, StreamNotFound, UnknownPermission, UsageError
 from .events import ABSENT, Batch, ChangeEvent, Operation, encode_json, frame_body, new_txid, utc_timestamp
-from .handoff import Handoff
+from .handoff import Handoff, Turn
 from .names import Streamable, shard_of, stream_name_from, stream_path
 from .outbox import Outbox
 from .protocol import (
@@ -332,7 +332,15 @@ class DurableStreams(_Verbs):
         if not _interceptors:
             self.outbox.stage(connection, batches)
 
-    def committed(self, batches: Sequence[Batch], *, joined: bool = False) -> None:
+    def announce(self, streams: Collection[str]) -> Turn | None:
+        """Before commit, with its locks held: take the next turn on *streams*. Only where not `transactional`."""
+        return None if _interceptors else self.handoff.announce(streams)
+
+    def withdraw(self, turn: Turn) -> None:
+        """After a commit that failed, or has nothing for *turn*'s streams."""
+        self.handoff.withdraw(turn)
+
+    def committed(self, batches: Sequence[Batch], *, turn: Turn | None = None, joined: bool = False) -> None:
         """After commit: hand *batches* over and wake the workers. Never raises, never blocks an event loop."""
         if _intercepted(batches, sender=self, deferred=True, joined=joined):
             return
@@ -347,7 +355,7 @@ class DurableStreams(_Verbs):
                 batches[0].stream,
             )
             return
-        self.handoff.submit(batches)
+        self.handoff.submit(batches, turn)
 
     def append_now(self, stream: str, events: Sequence[bytes], *, txid: str | None = None) -> str | None:
         """Provision *stream* and append *events* in one POST; the offset after them."""
@@ -591,7 +599,7 @@ class DurableStreams(_Verbs):
         with self._lock:
             wakeups, self._wakeups = self._wakeups, None
         if self._handoff is not None:
-            self._handoff.flush(2.0)
+            self._handoff.close(2.0)
         if wakeups is not None:
             wakeups.close()
         if self._outbox is not None:

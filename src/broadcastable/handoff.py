@@ -1,20 +1,26 @@
-"""From a committed transaction to the outbox, without ever raising into it or making it wait.
+"""From a committed transaction to the outbox: in the order of the commits, and never raising into one.
 
 `Handoff.submit` puts batches into the outbox at once where that is safe and cheap. Under an event loop, or while the
 store does not answer, a daemon thread does it: a bounded buffer keeps the order, and a failing store is asked again
 once an interval, so that a commit is slowed by at most one short connect timeout in that interval.
+
+Between the end of COMMIT and the hand-over a thread may lose the processor, and a transaction that waited for the same
+row would overtake it. So a transaction takes its `Turn` before it commits, while it still holds its locks, and goes
+behind all that took theirs earlier on one of its streams.
 """
 
 from __future__ import annotations
 
 import asyncio
 import atexit
+import bisect
+import itertools
 import logging
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from .counters import counters
 from .errors import OutboxFull
@@ -31,6 +37,36 @@ SAY_INTERVAL = 5.0
 
 EXIT_GRACE = 3.0
 """Seconds that interpreter exit waits for what is still in the buffer."""
+
+PATIENCE = 1.0
+"""Seconds for which a transaction waits for an earlier one that was announced, and neither commits nor fails."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Turn:
+    """The place of a transaction among those of this process that commit at the same time.
+
+    Attributes:
+        streams: Where it keeps its place; none for batches that nobody announced.
+        owner: The task or thread. It does not wait for itself: a session may commit in another one's hook.
+    """
+
+    number: int
+    streams: frozenset[str]
+    owner: object
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiting:
+    """Batches in the buffer."""
+
+    batches: tuple[Batch, ...]
+    turn: Turn
+    since: float
+
+    @property
+    def size(self) -> int:
+        return sum(batch.size for batch in self.batches)
 
 
 class Handoff:
@@ -53,7 +89,11 @@ class Handoff:
 
     def _reset(self) -> None:
         self._pid = os.getpid()
-        self._buffer: deque[tuple[Batch, ...]] = deque()
+        self._numbers = itertools.count()
+        # Transactions by stream that are announced and neither in the outbox nor in the buffer, the earliest first.
+        self._open: dict[str, list[Turn]] = {}
+        self._delivering: set[Turn] = set()
+        self._buffer: list[_Waiting] = []  # in the order of the turns
         self._bytes = 0
         self._changed = threading.Condition()
         self._sender: threading.Thread | None = None
@@ -61,24 +101,79 @@ class Handoff:
         self._sending = False
         self._say_dropped_at = 0.0
 
-    def submit(self, batches: Sequence[Batch]) -> None:
-        """Take *batches* of a committed transaction, in order. Never raises and never blocks an event loop."""
+    def announce(self, streams: Iterable[str]) -> Turn:
+        """Before COMMIT, with its locks held: the next turn on *streams*, to `submit` with or to `withdraw`."""
+        if self._pid != os.getpid():
+            self._reset()
+        with self._changed:
+            turn = Turn(next(self._numbers), frozenset(streams), _owner())
+            for name in turn.streams:
+                self._open.setdefault(name, []).append(turn)
+        return turn
+
+    def withdraw(self, turn: Turn) -> None:
+        """The transaction of *turn* has nothing to hand over after all. Does nothing after `submit`."""
+        with self._changed:
+            self._end(turn)
+
+    def submit(self, batches: Sequence[Batch], turn: Turn | None = None) -> None:
+        """Take *batches* of a committed transaction, in order. Never raises and never blocks an event loop.
+
+        Args:
+            turn: From `announce`. Without one the batches go behind those that were submitted before.
+        """
         if self._pid != os.getpid():
             self._reset()
         if not batches:
             return
+        given = tuple(batches)
+        on_loop = _on_event_loop()
         with self._changed:
-            behind = bool(self._buffer) or self._sending or time.monotonic() < self._retry_at
-        if behind or (self._blocking and _on_event_loop()):
-            self._enqueue(tuple(batches))
-            return
+            if turn is None:
+                turn = Turn(next(self._numbers), frozenset(), _owner())
+            if (on_loop and self._blocking) or not self._may_pass(turn, wait=not on_loop):
+                self._enqueue(given, turn)
+                return
+            self._delivering.add(turn)
         try:
-            self._deliver(tuple(batches))
+            self._deliver(given)
         except OutboxFull as error:
-            self._dropped(batches, error)
+            self._dropped(given, error)
         except Exception as error:  # any store, any driver: the row is stored, so the commit must not fail
             self._failed(error)
-            self._enqueue(tuple(batches))
+            with self._changed:
+                self._enqueue(given, turn)
+            return
+        with self._changed:
+            self._end(turn)
+
+    def _may_pass(self, turn: Turn, *, wait: bool) -> bool:
+        """Whether it is *turn*'s turn, past the buffer; may wait for that where a commit before it has just ended."""
+        if wait:
+            self._changed.wait_for(lambda: self._is_behind() or not any(self._before(turn)), PATIENCE)
+        return not self._is_behind() and not any(self._before(turn))
+
+    def _is_behind(self) -> bool:
+        return bool(self._buffer) or self._sending or time.monotonic() < self._retry_at
+
+    def _before(self, turn: Turn) -> Iterator[Turn]:
+        """Open turns that *turn* must not overtake."""
+        for name in turn.streams:
+            for earlier in self._open.get(name, ()):
+                if earlier.number >= turn.number:
+                    break
+                if earlier.owner != turn.owner:
+                    yield earlier
+
+    def _end(self, turn: Turn) -> None:
+        self._delivering.discard(turn)
+        for name in turn.streams:
+            turns = self._open.get(name)
+            if turns is not None and turn in turns:
+                turns.remove(turn)
+                if not turns:
+                    del self._open[name]
+        self._changed.notify_all()
 
     def _deliver(self, batches: tuple[Batch, ...]) -> None:
         if self._outbox.transactional:
@@ -107,41 +202,72 @@ class Handoff:
             self._max_bytes,
         )
 
-    def _enqueue(self, batches: tuple[Batch, ...]) -> None:
-        size = sum(batch.size for batch in batches)
-        with self._changed:
-            if self._bytes + size > self._max_bytes:
-                self._dropped(batches, f"the local buffer of {self._max_bytes} bytes is full")
-                return
-            self._buffer.append(batches)
-            self._bytes += size
-            if self._sender is None:
-                self._sender = threading.Thread(target=self._send_all, name="broadcastable-handoff", daemon=True)
-                self._sender.start()
-                atexit.register(self.flush, EXIT_GRACE)
-            self._changed.notify_all()
+    def _enqueue(self, batches: tuple[Batch, ...], turn: Turn) -> None:
+        """Put *batches* into the buffer where their turn is. The caller holds the lock."""
+        self._end(turn)
+        waiting = _Waiting(batches, turn, time.monotonic())
+        if self._bytes + waiting.size > self._max_bytes:
+            self._dropped(batches, f"the local buffer of {self._max_bytes} bytes is full")
+            return
+        bisect.insort(self._buffer, waiting, key=lambda each: each.turn.number)
+        self._bytes += waiting.size
+        if self._sender is None:
+            self._sender = threading.Thread(target=self._send_all, name="broadcastable-handoff", daemon=True)
+            self._sender.start()
+            atexit.register(self.flush, EXIT_GRACE)
 
     def _send_all(self) -> None:
+        me = threading.current_thread()
         while True:
             with self._changed:
-                while not self._buffer:
-                    self._changed.wait()
-                batches = tuple(batch for each in self._buffer for batch in each)
-                taken = len(self._buffer)
+                while self._sender is me and not (ready := self._ready()):
+                    self._changed.wait(PATIENCE / 4 if self._buffer else None)
+                if self._sender is not me:
+                    return
                 self._sending = True
+            batches = tuple(batch for waiting in ready for batch in waiting.batches)
+            sent = True
             try:
                 self._deliver(batches)
+            except OutboxFull as error:
+                self._dropped(batches, error)
             except Exception as error:
                 self._failed(error)
-                time.sleep(RETRY_INTERVAL)
-                continue
-            finally:
-                with self._changed:
-                    self._sending = False
+                sent = False
             with self._changed:
-                for _ in range(taken):
-                    self._bytes -= sum(batch.size for batch in self._buffer.popleft())
-                self._changed.notify_all()
+                self._sending = False
+                if sent:
+                    gone = set(ready)
+                    self._buffer = [waiting for waiting in self._buffer if waiting not in gone]
+                    self._bytes = sum(waiting.size for waiting in self._buffer)
+                    self._changed.notify_all()
+                else:
+                    self._changed.wait_for(lambda: self._sender is not me, RETRY_INTERVAL)
+
+    def _ready(self) -> list[_Waiting]:
+        """What the buffer has and no open turn must precede. The caller holds the lock."""
+        ready: list[_Waiting] = []
+        held: set[str] = set()
+        for waiting in self._buffer:
+            streams = {batch.stream for batch in waiting.batches}
+            if held.isdisjoint(streams) and not self._must_wait(waiting):
+                ready.append(waiting)
+            else:
+                held |= streams
+        return ready
+
+    def _must_wait(self, waiting: _Waiting) -> bool:
+        before = list(self._before(waiting.turn))
+        if before and time.monotonic() - waiting.since > PATIENCE:
+            for turn in {*before} - self._delivering:
+                log.warning(
+                    "A transaction has been committing for more than %.0f s; a later one overtakes it on stream %s",
+                    PATIENCE,
+                    waiting.batches[0].stream,
+                )
+                self._end(turn)
+            before = list(self._before(waiting.turn))
+        return bool(before)
 
     def flush(self, timeout: float) -> bool:
         """Wait until everything submitted so far is in the outbox; False when *timeout* seconds were not enough."""
@@ -150,10 +276,26 @@ class Handoff:
         with self._changed:
             return self._changed.wait_for(lambda: not self._buffer, timeout)
 
+    def close(self, timeout: float) -> None:
+        """Give what is in the buffer *timeout* seconds to get into the outbox, and drop the rest. May be used again."""
+        if self._pid != os.getpid():
+            return
+        self.flush(timeout)
+        with self._changed:
+            left = [batch for waiting in self._buffer for batch in waiting.batches]
+            if left:
+                self._dropped(left, "closed before the outbox could be reached")
+            self._buffer, self._bytes = [], 0
+            sender, self._sender = self._sender, None
+            self._changed.notify_all()
+        if sender is not None:
+            sender.join()
+            atexit.unregister(self.flush)
+
     @property
     def buffered(self) -> int:
         """Batches that wait in this process."""
-        return sum(map(len, self._buffer))
+        return sum(len(waiting.batches) for waiting in self._buffer)
 
 
 def _on_event_loop() -> bool:
@@ -162,3 +304,7 @@ def _on_event_loop() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _owner() -> object:
+    return (asyncio.current_task() if _on_event_loop() else None) or threading.get_ident()

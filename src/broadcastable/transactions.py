@@ -26,6 +26,7 @@ from . import unsent
 from .counters import counters
 from .errors import ConfigurationError, UsageError
 from .events import TXID_MARKER_TYPE, Batch, ChangeEvent, Operation, encode_json, new_txid, utc_timestamp
+from .handoff import Turn
 from .names import Streamable, stream_name_from
 from .settings import Settings
 from .tracing import current_trace
@@ -56,11 +57,20 @@ class Delivery(Protocol):
         """Before the root commit, after its flush: write *batches* through *connection*. Raising aborts the commit."""
         ...
 
-    def committed(self, batches: Sequence[Batch], *, joined: bool = False) -> None:
+    def announce(self, streams: Collection[str]) -> Turn | None:
+        """Before the root commit, with its locks held, where not transactional: take the next turn on *streams*."""
+        ...
+
+    def withdraw(self, turn: Turn) -> None:
+        """The announced transaction has nothing to hand over after all. Does nothing after `committed`."""
+        ...
+
+    def committed(self, batches: Sequence[Batch], *, turn: Turn | None = None, joined: bool = False) -> None:
         """After the root commit. Never raises, never blocks an event loop.
 
         Args:
             batches: What the transaction has for this delivery, one for each stream; those staged before included.
+            turn: From `announce`, if the transaction was announced.
             joined: The session's root transaction was joined into an outer one on a connection that it was given
                 (`join_transaction_mode`), so nothing is committed yet, and in a test nothing ever will be.
         """
@@ -298,8 +308,9 @@ class Level:
         for name, stream in streams.items():
             yield name, stream.changes
 
-    def deliveries(self) -> list[Delivery]:
-        return [delivery for delivery, _ in self._deliveries.values()]
+    def deliveries(self) -> list[tuple[Delivery, Collection[str]]]:
+        """Each delivery with the names of its streams."""
+        return [(delivery, streams.keys()) for delivery, streams in self._deliveries.values()]
 
     @property
     def explicit(self) -> int:
@@ -341,6 +352,7 @@ class Buffers:
     def __init__(self) -> None:
         self.levels: dict[SessionTransaction, Level] = {}
         self._staged: list[tuple[Delivery, list[Batch]]] = []
+        self._turns: dict[int, tuple[Delivery, Turn]] = {}
 
     def delivery_for(self, session: Session) -> Delivery:
         """The delivery of the session's captured changes, the same for the whole transaction."""
@@ -377,19 +389,35 @@ class Buffers:
         self.finish(session)
 
     def finish(self, session: Session) -> None:
-        """Read and stage what the root has so far; again after each flush that follows within the commit."""
+        """Read, and stage or announce, what the root has so far; again after each flush within the commit."""
         for level in self.levels.values():
             level.read_all(session)
             transactional = False
-            for delivery in level.deliveries():
-                transactional = transactional or delivery.transactional
+            for delivery, streams in level.deliveries():
                 if delivery.settings.txid_from == "postgres":
                     txid(session)  # asks the database, which the commit is too late for
+                if delivery.transactional:
+                    transactional = True
+                elif not session.twophase:  # between its two phases lies a time without bound
+                    self._announce(delivery, streams)
             if transactional:
                 connection = session.connection(bind_arguments={"mapper": level.mapper} if level.mapper else None)
                 for delivery, batches in level.take_batches(txid(session), transactional=True):
                     delivery.stage(connection, batches)
                     self._staged.append((delivery, batches))
+
+    def _announce(self, delivery: Delivery, streams: Collection[str]) -> None:
+        _, earlier = self._turns.pop(id(delivery), (delivery, None))
+        if earlier is not None:
+            delivery.withdraw(earlier)  # a later turn on all streams will do: the locks are still held
+        turn = delivery.announce(streams)
+        if turn is not None:
+            self._turns[id(delivery)] = delivery, turn
+
+    def _withdraw(self) -> None:
+        turns, self._turns = self._turns, {}
+        for delivery, turn in turns.values():
+            delivery.withdraw(turn)
 
     def savepoint_released(self, session: Session, savepoint: SessionTransaction) -> None:
         self._announced -= 1
@@ -418,13 +446,13 @@ class Buffers:
                 joined = _is_joined(session, levels)
             for delivery, batches in handed:
                 counters.increment("events_committed", sum(len(batch.events) for batch in batches))
-                if joined:
-                    delivery.committed(batches, joined=True)
-                else:
-                    delivery.committed(batches)
+                _, turn = self._turns.get(id(delivery), (delivery, None))
+                delivery.committed(batches, turn=turn, joined=joined)
         except Exception:
             counters.increment("transactions_lost")
             log.exception("A transaction is stored, but its events could not be handed over")
+        finally:
+            self._withdraw()
         if self.txid is not None and session.info.get(TXID_KEY) == self.txid:
             del session.info[TXID_KEY]
 
@@ -444,6 +472,7 @@ class Buffers:
                 self.prepare(session)
         elif transaction.parent is None:
             session.info.pop(_BUFFERS_KEY, None)
+            self._withdraw()
             if self.levels:
                 self._account_for_dropped()
 

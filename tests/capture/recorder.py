@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from broadcastable.events import Batch
+from broadcastable.handoff import Turn
 from broadcastable.settings import Settings
 from tests.state_protocol import faults_of_change
 
@@ -27,14 +28,29 @@ class Recorder:
     batches: list[Batch] = field(default_factory=list)
     joined: list[Batch] = field(default_factory=list)
     staged: list[Batch] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    """Announced, and neither committed nor withdrawn."""
 
     def stage(self, connection: sa.Connection, batches: Sequence[Batch]) -> None:
         assert connection.in_transaction()
         self.staged.extend(batches)
 
-    def committed(self, batches: Sequence[Batch], *, joined: bool = False) -> None:
+    def announce(self, streams: Collection[str]) -> Turn:
+        assert not self.transactional
+        turn = Turn(len(self.turns), frozenset(streams), None)
+        self.turns.append(turn)
+        return turn
+
+    def withdraw(self, turn: Turn) -> None:
+        if turn in self.turns:
+            self.turns.remove(turn)
+
+    def committed(self, batches: Sequence[Batch], *, turn: Turn | None = None, joined: bool = False) -> None:
         if self.transactional:
             assert all(batch in self.staged for batch in batches)
+        elif turn is not None:
+            assert {batch.stream for batch in batches} <= turn.streams
+            self.withdraw(turn)
         (self.joined if joined else self.batches).extend(batches)
 
     def clear(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -171,4 +172,151 @@ def test_threads_that_submit_at_once_lose_nothing(valkey_url: str) -> None:
     assert handoff.flush(10)
     for i in range(8):
         assert numbers(outbox, f"rooms/{i}") == expected(50)
+    outbox.close()
+
+
+# The order of commits: a turn is taken with the row's lock held, before COMMIT.
+
+
+def memory_handoff() -> tuple[MemoryOutbox, Handoff]:
+    outbox = MemoryOutbox(max_bytes=1 << 20, max_frame_bytes=1 << 16, max_frame_events=100)
+    return outbox, Handoff(outbox, lambda streams: None, max_bytes=1 << 20, blocking=False)
+
+
+def in_thread(handoff: Handoff, n: int, *streams: str) -> threading.Thread:
+    """A thread that announces now and has submitted when it ends."""
+    announced = threading.Event()
+
+    def run() -> None:
+        turn = handoff.announce(streams)
+        announced.set()
+        handoff.submit([batch(n, stream) for stream in streams], turn)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert announced.wait(10)
+    return thread
+
+
+def test_who_committed_later_is_handed_over_later() -> None:
+    outbox, handoff = memory_handoff()
+    first = handoff.announce(["rooms/1"])
+    later = in_thread(handoff, 1, "rooms/1", "rooms/2")
+    elsewhere = in_thread(handoff, 0, "rooms/3")
+    elsewhere.join(10)
+    later.join(0.1)
+    assert later.is_alive()
+    assert numbers(outbox) == numbers(outbox, "rooms/2") == []
+    handoff.submit([batch(0)], first)
+    later.join(10)
+    assert numbers(outbox) == expected(2)
+    assert numbers(outbox, "rooms/3") == expected(1)
+
+
+def test_a_transaction_that_fails_after_all_lets_the_next_one_pass() -> None:
+    outbox, handoff = memory_handoff()
+    first = handoff.announce(["rooms/1"])
+    later = in_thread(handoff, 0, "rooms/1")
+    handoff.withdraw(first)
+    later.join(10)
+    assert numbers(outbox) == expected(1)
+    handoff.withdraw(first)
+
+
+def test_a_session_that_commits_within_the_commit_of_another_does_not_wait_for_itself(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    outbox, handoff = memory_handoff()
+    outer = handoff.announce(["rooms/1"])
+    inner = handoff.announce(["rooms/1"])
+    handoff.submit([batch(0)], inner)
+    handoff.submit([batch(1)])
+    handoff.submit([batch(2)], outer)
+    assert numbers(outbox) == expected(3)
+    assert not caplog.records
+
+
+def test_a_transaction_that_never_ends_is_overtaken_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    outbox, handoff = memory_handoff()
+    endless = handoff.announce(["rooms/1"])
+    in_thread(handoff, 0, "rooms/1").join(20)
+    assert handoff.flush(20)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "rooms/1" in caplog.text
+    handoff.submit([batch(1)], endless)
+    assert numbers(outbox) == expected(2)
+    handoff.close(0)
+
+
+def test_tasks_are_handed_over_in_the_order_of_their_turns(valkey_url: str) -> None:
+    outbox = redis_outbox(valkey_url)
+    handoff = Handoff(outbox, lambda streams: None, max_bytes=1 << 20, blocking=True)
+
+    async def commit(n: int, answered: asyncio.Event, next_: asyncio.Event) -> None:
+        turn = handoff.announce(["rooms/1", f"rooms/{n}"])
+        await answered.wait()
+        handoff.submit([batch(n)], turn)
+        await asyncio.to_thread(lambda: None)
+        next_.set()
+
+    async def main() -> None:
+        events = [asyncio.Event() for _ in range(21)]
+        # The last one to be announced is the first whose COMMIT is answered.
+        tasks = [asyncio.create_task(commit(n, events[20 - n - 1], events[20 - n])) for n in range(20)]
+        events[0].set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(main())
+    assert handoff.flush(10)
+    assert numbers(outbox) == expected(20)
+    handoff.close(0)
+    outbox.close()
+
+
+def test_the_order_survives_a_redis_that_goes_away_and_comes_back(valkey_server: services.Valkey) -> None:
+    """Threads that contend for one row: its lock is held until COMMIT, which is where the number is given."""
+    outbox = redis_outbox(valkey_server.url)
+    handoff = Handoff(outbox, lambda streams: None, max_bytes=1 << 20, blocking=True)
+    row, chance = threading.Lock(), random.Random(7)
+    order: list[int] = []
+
+    def commit() -> None:
+        for _ in range(40):
+            with row:
+                n = len(order)
+                order.append(n)
+                turn = handoff.announce(["rooms/1"])
+            time.sleep(chance.random() / 500)  # the thread loses the processor
+            handoff.submit([batch(n)], turn)
+
+    threads = [threading.Thread(target=commit) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    valkey_server.pause()
+    within(20, lambda: handoff.buffered > 20)
+    valkey_server.resume()
+    for thread in threads:
+        thread.join()
+    assert handoff.flush(20)
+    assert numbers(outbox) == expected(320)
+    handoff.close(0)
+    outbox.close()
+
+
+def test_closing_drops_what_cannot_be_handed_over_and_ends_the_sender(
+    valkey_server: services.Valkey, caplog: pytest.LogCaptureFixture
+) -> None:
+    outbox = redis_outbox(valkey_server.url)
+    handoff = Handoff(outbox, lambda streams: None, max_bytes=1 << 20, blocking=True)
+    valkey_server.kill()
+    before, threads = counters["batches_dropped"], set(threading.enumerate())
+    handoff.submit([batch(0)])
+    assert set(threading.enumerate()) > threads
+    handoff.close(0.1)
+    assert counters["batches_dropped"] - before == 1
+    assert "closed before" in caplog.text
+    assert set(threading.enumerate()) <= threads
+    valkey_server.start()
+    within(20, lambda: handoff.submit([batch(0)]) or handoff.flush(5))
+    handoff.close(0)
     outbox.close()
