@@ -8,7 +8,6 @@ not fit its model raises `DeclarationError` then, not at the first commit.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -241,6 +240,8 @@ def _refuse_near_miss(first: str, names: list[str], mapper: Mapper[Any]) -> None
             f"{cls}.__streams__: {names[0]!r} is an attribute of {cls}, but not a relationship. Name a many-to-one "
             f"relationship or give a function. {meant}"
         )
+    import difflib  # for this message alone
+
     near = difflib.get_close_matches(names[0], mapper.relationships.keys(), n=1, cutoff=0.75)
     if near or len(names) > 1:
         known = ", ".join(sorted(mapper.relationships.keys())) or "none"
