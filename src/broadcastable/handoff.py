@@ -220,10 +220,13 @@ class Handoff:
         me = threading.current_thread()
         while True:
             with self._changed:
-                while self._sender is me and not (ready := self._ready()):
-                    self._changed.wait(PATIENCE / 4 if self._buffer else None)
-                if self._sender is not me:
-                    return
+                ready: list[_Waiting] = []
+                while not ready:
+                    if self._sender is not me:
+                        return
+                    ready = self._ready()
+                    if not ready:
+                        self._changed.wait(PATIENCE / 4 if self._buffer else None)
                 self._sending = True
             batches = tuple(batch for waiting in ready for batch in waiting.batches)
             sent = True

@@ -54,7 +54,7 @@ def public_methods(cls: type) -> dict[str, Any]:
     return {name: each for name, each in inspect.getmembers(cls, inspect.isfunction) if not name.startswith("_")}
 
 
-ONLY_SYNC = {"use_broker", "stage", "committed"}
+ONLY_SYNC = {"use_broker", "stage", "announce", "withdraw", "committed"}
 
 
 def test_the_twins_have_the_same_verbs() -> None:
