@@ -33,6 +33,7 @@ from .errors import (
 )
 from .events import frame_body
 from .outbox import Frame, Outbox
+from .outbox.steps import claim_or_finish
 from .protocol import BEGINNING, Created
 from .provisioner import StreamProvisioner, run
 from .settings import Settings, seconds
@@ -97,40 +98,40 @@ class Relay:
         Raises:
             Exception: What the outbox itself raises when its store cannot be reached.
         """
-        lease: str | None = None
-        while True:
-            frame = self._outbox.claim(stream, lease_for=self._lease_for, lease=lease)
-            if frame is None:
-                if self._outbox.finish(stream, lease=lease):
-                    continue
-                return
-            lease = frame.lease
+        frame = claim_or_finish(self._outbox, stream, lease_for=self._lease_for, lease=None)
+        while frame is not None:
             delay: float | None = 0.0
             try:
-                delay = self._send(frame)
+                delay, following = self._send(frame)
             finally:
                 # Also when Dramatiq interrupts this thread: the next worker need not wait for the lease.
                 if delay is not None:
                     self._outbox.release(frame, delay=delay)
-            if delay is not None:
-                return
+            frame = following
 
-    def _send(self, frame: Frame) -> float | None:
-        """Get *frame* stored and acked, or parked. Returns the seconds to wait when it could not be done now."""
+    def _send(self, frame: Frame) -> tuple[float | None, Frame | None]:
+        """Get *frame* stored and acked, or parked.
+
+        Returns:
+            The seconds to wait when it could not be done now, and otherwise the stream's next frame, if any.
+        """
         try:
-            self._store(frame)
+            following = self._store(frame)
         except StreamUnavailable as error:
-            return self._backoff(frame, error, error.retry_after)
+            return self._backoff(frame, error, error.retry_after), None
         except StreamForbidden as error:
             # Our own keys or settings: parking every stream for that would be worse than waiting for the operator.
-            return self._backoff(frame, error, None)
+            return self._backoff(frame, error, None), None
         except (StreamClosed, StreamConflict, StreamRefused) as error:
             log.error("Stream %s is parked with %d events: %s", frame.stream, len(frame.events), error)
             counters.increment("frames_parked")
             self._outbox.park(frame, str(error))
-            return None
+            return None, self._claim_next(frame)
         self._failures.pop(frame.stream, None)
-        return None
+        return None, following
+
+    def _claim_next(self, frame: Frame) -> Frame | None:
+        return claim_or_finish(self._outbox, frame.stream, lease_for=self._lease_for, lease=frame.lease)
 
     def _backoff(self, frame: Frame, error: StreamError, wanted: float | None) -> float:
         with self._failures_lock:
@@ -143,7 +144,8 @@ class Relay:
         log.log(level, "Stream %s waits %.1f s: %s", frame.stream, max(delay, wanted or 0.0), error)
         return max(delay, wanted or 0.0)
 
-    def _store(self, frame: Frame) -> None:
+    def _store(self, frame: Frame) -> Frame | None:
+        """Send *frame* until the server has it, and ack it; what comes after it."""
         look = frame.begun and frame.anchor is not None
         doubt: _Doubt | None = None
         failures = 0
@@ -154,8 +156,7 @@ class Relay:
             if look or doubt is not None:
                 found = self._look(frame)
                 if found.events:
-                    self._ack(frame, found.offset, events=found.events)
-                    return
+                    return self._ack(frame, found.offset, found.events)
                 if doubt is not None:
                     # Only a look that came after the doubtful answer proves that the frame is not there.
                     frame = self._renew(frame, doubt)
@@ -188,8 +189,7 @@ class Relay:
                 failures = self._brief(failures)
             else:
                 if not appended.duplicate:
-                    self._ack(frame, appended.offset)
-                    return
+                    return self._ack(frame, appended.offset, len(frame.events))
                 # Stored by an earlier request of ours, by a slower worker, or never: our store may have gone back in
                 # time and given an old number to new events.
                 doubt = _Doubt("it claims a frame that it does not have", above=frame.id.epoch)
@@ -204,13 +204,21 @@ class Relay:
         time.sleep(0.05 * 2**failures * random.uniform(0.5, 1.0))
         return failures + 1
 
-    def _ack(self, frame: Frame, offset: str | None, *, events: int | None = None) -> None:
-        if self._outbox.ack(frame, offset=offset, events=events):
-            counters.increment("events_delivered", events or len(frame.events))
+    def _ack(self, frame: Frame, offset: str | None, events: int) -> Frame | None:
+        """Remove the first *events* of *frame*, which are stored; the next frame."""
+        if events == len(frame.events):
+            advanced = self._outbox.advance(frame, offset=offset, lease_for=self._lease_for)
+            acked, following = advanced.acked, advanced.following
+        else:
+            acked = self._outbox.ack(frame, offset=offset, events=events)
+            following = self._claim_next(frame)
+        if acked:
+            counters.increment("events_delivered", events)
             counters.increment("frames_delivered")
             now = time.time_ns() // 1_000_000
             for batch in frame.batches:
                 counters.duration("commit_to_append", max(0, now - batch.created_at) / 1000)
+        return following
 
     def _create(self, stream: str) -> Created:
         return run(self._provisioner.create(stream), self._client, self._provisioner)

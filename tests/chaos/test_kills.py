@@ -15,7 +15,7 @@ import pytest
 from tests.chaos.stack import Stack, Verdict, judge
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "12"))
-CALLS = ("claim", "anchor", "create", "append", "ack", "finish")
+CALLS = ("claim", "anchor", "create", "append", "advance", "finish")
 STEPS = tuple(f"{when} {call}" for call in CALLS for when in ("before", "after"))
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 

@@ -50,7 +50,7 @@ def die_at(plan: str) -> None:
     wanted, _, times = plan.partition(":")
     _left = int(times or 0)
     outbox = type(current().outbox)
-    for name in ("claim", "anchor", "ack", "finish"):
+    for name in ("claim", "anchor", "advance", "finish"):
         setattr(outbox, name, _dying(getattr(outbox, name), name, wanted))
     StreamClient.append = _dying(StreamClient.append, "append", wanted)  # type: ignore[method-assign]
     send = StreamClient.send

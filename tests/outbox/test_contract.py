@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from broadcastable.events import Batch, frame_body
-from broadcastable.outbox import Frame, Outbox, Rate
+from broadcastable.outbox import Advanced, Frame, Outbox, Rate
 from tests.outbox.workers import LONG, SHORT, batch, claim, claim_when_free, deliver, events_of
 from tests.services import wait_until
 
@@ -439,6 +439,84 @@ def test_release_by_an_older_claim_changes_nothing(outbox: Outbox) -> None:
     claim(outbox, STREAM, lease=newer.lease)
 
 
+# Advance
+
+
+def test_advance_goes_on_to_the_next_frame_under_the_same_lease(make_outbox: MakeOutbox) -> None:
+    outbox = make_outbox(max_frame_events=2)
+    outbox.put([batch(STREAM, "1", "2"), batch(STREAM, "3")])
+    first = claim(outbox, STREAM)
+    advanced = outbox.advance(first, offset="7", lease_for=LONG)
+    second = advanced.following
+    assert advanced.acked
+    assert second is not None
+    assert (second.events, second.id.seq, second.anchor) == ((b"3",), 1, "7")
+    assert (second.begun, second.lease) == (False, first.lease)
+    assert outbox.claim(STREAM, lease_for=LONG) is None
+    assert pending_events(outbox) == 1
+
+
+def test_advance_past_the_last_frame_finishes(outbox: Outbox) -> None:
+    outbox.put([batch(STREAM)])
+    frame = claim(outbox, STREAM)
+    assert outbox.advance(frame, offset="1", lease_for=LONG) == Advanced(True, None)
+    assert outbox.put([batch(STREAM)]) == [STREAM]
+    assert claim(outbox, STREAM).id.seq == 1
+
+
+def test_advance_finds_what_came_while_the_last_frame_was_sent(outbox: Outbox) -> None:
+    outbox.put([batch(STREAM)])
+    frame = claim(outbox, STREAM)
+    late = batch(STREAM)
+    assert outbox.put([late]) == []
+    following = outbox.advance(frame, offset="1", lease_for=LONG).following
+    assert following is not None
+    assert following.events == late.events
+
+
+def test_advance_by_a_slow_worker_acks_nothing_and_leaves_the_other_alone(outbox: Outbox) -> None:
+    outbox.put([batch(STREAM)])
+    slow = claim(outbox, STREAM, lease_for=SHORT)
+    other = claim_when_free(outbox, STREAM)
+    assert outbox.ack(other, offset="1")
+    outbox.put([batch(STREAM)])
+    assert outbox.advance(slow, offset="1", lease_for=LONG) == Advanced(False, None)
+    assert outbox.claim(STREAM, lease_for=LONG) is None, "the other's lease goes on"
+    assert pending_events(outbox) == 1
+    assert claim(outbox, STREAM, lease=other.lease).id.seq == 1
+
+
+def test_advance_of_a_frame_that_was_shrunk_removes_what_is_left_of_it(outbox: Outbox) -> None:
+    outbox.put([batch(STREAM, "1", "2", "3")])
+    frame = claim(outbox, STREAM)
+    outbox.shrink(frame, events=1)
+    following = outbox.advance(frame, offset="1", lease_for=LONG).following
+    assert following is not None
+    assert following.events == (b"2", b"3")
+
+
+def test_two_who_advance_at_the_same_moment_ack_once(outbox: Outbox) -> None:
+    for _ in range(10):
+        outbox.put([batch(STREAM)])
+        one = claim(outbox, STREAM, lease_for=SHORT)
+        other = claim_when_free(outbox, STREAM)
+        barrier = threading.Barrier(2)
+        advanced: list[Advanced] = []
+
+        def work(frame: Frame, barrier: threading.Barrier = barrier, advanced: list[Advanced] = advanced) -> None:
+            barrier.wait()
+            advanced.append(outbox.advance(frame, offset="1", lease_for=LONG))
+
+        threads = [threading.Thread(target=work, args=(frame,)) for frame in (one, other)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(each.acked for each in advanced) == [False, True]
+        assert [each.following for each in advanced] == [None, None]
+        assert pending_events(outbox) == 0
+
+
 # Park, retry, drop
 
 
@@ -694,9 +772,11 @@ class ServerThatCounts:
 
 def relay_with_crashes(outbox: Outbox, stream: str, server: ServerThatCounts, dice: random.Random) -> None:
     """What a relay does with one stream, giving up without a word at one step in twelve."""
-    lease = None
+    lease: str | None = None
+    frame: Frame | None = None
     while True:
-        frame = outbox.claim(stream, lease_for=dice.choice([0.0, 0.002, 0.05]), lease=lease)
+        lease_for = dice.choice([0.0, 0.002, 0.05])
+        frame = frame or outbox.claim(stream, lease_for=lease_for, lease=lease)
         if frame is None:
             if dice.random() < 0.08 or not outbox.finish(stream, lease=lease):
                 return
@@ -709,10 +789,15 @@ def relay_with_crashes(outbox: Outbox, stream: str, server: ServerThatCounts, di
         server.append(frame)
         if dice.random() < 0.08:
             return
+        if dice.random() < 0.5:
+            frame = outbox.advance(frame, offset=str(frame.id.seq), lease_for=lease_for).following
+            if frame is None or dice.random() < 0.08:
+                return
+            continue
         outbox.ack(frame, offset=str(frame.id.seq))
         if dice.random() < 0.08:
             return
-        lease = frame.lease
+        lease, frame = frame.lease, None
 
 
 def frames_until_empty(outbox: Outbox) -> list[Frame]:

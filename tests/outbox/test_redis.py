@@ -214,7 +214,7 @@ def test_delivered_streams_leave_the_index(
 
     def swept() -> bool:
         assert outbox.due(older_than=0) == []
-        return client.keys("test:index:*") == []
+        return client.keys("test:index:*:active") + client.keys("test:index:*:idle") == []
 
     wait_until(swept, what="an empty index")
 

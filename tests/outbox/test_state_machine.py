@@ -80,6 +80,12 @@ class Stream:
             if not left:
                 del self.queue[0]
 
+    def acked(self, events: int, offset: str | None) -> None:
+        self.remove(min(self.frozen, events))
+        self.seq += 1
+        self.frozen, self.parked = 0, None
+        self.anchor = self.anchor if offset is None else offset
+
     def is_current(self, frame: Frame) -> bool:
         return self.frozen > 0 and (self.epoch, self.seq) == (frame.id.epoch, frame.id.seq)
 
@@ -140,8 +146,11 @@ class OutboxMachine(RuleBasedStateMachine):
         return self.claim_and_compare(frame.stream, lease_for, frame.lease)
 
     def claim_and_compare(self, name: str, lease_for: float, lease: str | None) -> object:
-        stream = self.streams[name]
         frame = self.outbox.claim(name, lease_for=lease_for, lease=lease)
+        return self.compare_claim(frame, name, lease_for, lease)
+
+    def compare_claim(self, frame: Frame | None, name: str, lease_for: float, lease: str | None) -> object:
+        stream = self.streams[name]
         if not stream.is_claimable(lease):
             assert frame is None
             return multiple()
@@ -174,10 +183,20 @@ class OutboxMachine(RuleBasedStateMachine):
         is_current = stream.is_current(frame)
         assert self.outbox.ack(frame, offset=offset, events=events) == is_current
         if is_current:
-            stream.remove(min(stream.frozen, len(frame.events) if events is None else events))
-            stream.seq += 1
-            stream.frozen, stream.parked = 0, None
-            stream.anchor = stream.anchor if offset is None else offset
+            stream.acked(len(frame.events) if events is None else events, offset)
+
+    @rule(target=frames, frame=frames, offset=st.sampled_from([None, "1", "2"]), lease_for=st.sampled_from([0.0, LONG]))
+    def advance(self, frame: Frame, offset: str | None, lease_for: float) -> object:
+        stream = self.streams[frame.stream]
+        is_current = stream.is_current(frame)
+        advanced = self.outbox.advance(frame, offset=offset, lease_for=lease_for)
+        assert advanced.acked == is_current
+        if is_current:
+            stream.acked(len(frame.events), offset)
+        taken = self.compare_claim(advanced.following, frame.stream, lease_for, frame.lease)
+        if advanced.following is None and not (stream.leased and stream.lease != frame.lease):
+            stream.lease, stream.leased, stream.woken = None, False, False
+        return taken
 
     @rule(target=frames, frame=frames, offset=st.sampled_from(["1", "3"]))
     def anchor(self, frame: Frame, offset: str) -> Frame:
@@ -328,9 +347,9 @@ def test_the_redis_outbox_does_as_the_model(valkey_url: str, part_of: int) -> No
         opened[0].close()
 
 
-def test_the_database_outbox_does_as_the_model(sqlite_url: str) -> None:
-    create_tables(sqlite_url)
-    outbox = DatabaseOutbox(sqlite_url, namespace="test", max_frame_bytes=MAX_BYTES, max_frame_events=MAX_EVENTS)
+def test_the_database_outbox_does_as_the_model(database_url: str) -> None:
+    create_tables(database_url)
+    outbox = DatabaseOutbox(database_url, namespace="test", max_frame_bytes=MAX_BYTES, max_frame_events=MAX_EVENTS)
     found = tables(sa.MetaData())
 
     def make() -> Outbox:

@@ -6,6 +6,7 @@ import itertools
 
 from broadcastable.events import Batch
 from broadcastable.outbox import Frame, Outbox
+from broadcastable.outbox.steps import claim_or_finish
 from tests.services import wait_until
 
 _numbers = itertools.count()
@@ -52,13 +53,10 @@ def claim_when_free(outbox: Outbox, stream: str, *, lease_for: float = LONG, wit
 def deliver(outbox: Outbox, stream: str) -> list[bytes]:
     """Claim and ack until nothing is left, as a relay does; the events in the order of their sending."""
     sent: list[bytes] = []
-    lease = None
-    while True:
-        frame = outbox.claim(stream, lease_for=LONG, lease=lease)
-        if frame is None:
-            if outbox.finish(stream, lease=lease):
-                continue
-            return sent
-        lease = frame.lease
+    frame = claim_or_finish(outbox, stream, lease_for=LONG, lease=None)
+    while frame is not None:
         sent += frame.events
-        assert outbox.ack(frame, offset=f"after-{frame.id.seq}")
+        advanced = outbox.advance(frame, offset=f"after-{frame.id.seq}", lease_for=LONG)
+        assert advanced.acked
+        frame = advanced.following
+    return sent

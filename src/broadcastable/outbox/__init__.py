@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from broadcastable.events import Batch
 
-__all__ = ["Batch", "BatchMark", "Frame", "FrameId", "Outbox", "PendingStream", "Rate"]
+__all__ = ["Advanced", "Batch", "BatchMark", "Frame", "FrameId", "Outbox", "PendingStream", "Rate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,14 @@ class Frame:
     anchor: str | None
     begun: bool
     lease: str
+
+
+@dataclass(frozen=True, slots=True)
+class Advanced:
+    """What `Outbox.advance` did: whether this call acked the frame, and the next frame of the stream, if any."""
+
+    acked: bool
+    following: Frame | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +173,14 @@ class Outbox(Protocol):
 
         Returns:
             Whether this call was the one that did it.
+        """
+        ...
+
+    def advance(self, frame: Frame, *, offset: str | None, lease_for: float) -> Advanced:
+        """`ack` all of *frame*, `claim` what follows under its lease, and `finish` when nothing does, at once.
+
+        The way of a worker from frame to frame. A store that is far away does it in one step; whatever is done when
+        this raises is safe to do again, piece by piece.
         """
         ...
 

@@ -27,12 +27,13 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 from broadcastable.events import Batch
 from broadcastable.settings import Settings
 
-from . import BatchMark, Frame, FrameId, PendingStream, Rate
+from . import Advanced, BatchMark, Frame, FrameId, PendingStream, Rate
 from .engines import Database, check, lends_its_pool, open_engine, sync_url
 from .framing import Limits, events_that_fit, new_lease
 from .rates import SECONDS, Tally, rate_of
-from .rows import Stored, put_id_of, row_of, split, stored
+from .rows import Stored, StreamState, put_id_of, row_of, split, stored
 from .schema import MYSQL, ExactText, OutboxTables, now_ms, tables
+from .statements import Statements, ids_on_postgresql
 
 __all__ = ["DatabaseOutbox", "OutboxTables", "sync_url", "tables"]
 
@@ -90,6 +91,7 @@ class DatabaseOutbox:
         self._batches = found.batches
         self._streams = found.streams
         self._limits = Limits(max_frame_bytes, max_frame_events)
+        self._statements = Statements(found, self._limits)
         self._producer_id = f"{quote(namespace)}-database"
         self._database = engine_or_url
         self._opened: sa.Engine | None = None
@@ -204,66 +206,104 @@ class DatabaseOutbox:
     # Relaying
 
     def claim(self, stream: str, *, lease_for: float, lease: str | None = None) -> Frame | None:
-        """See `Outbox.claim`. One transaction of three to six statements."""
+        """See `Outbox.claim`. One transaction of three or four statements."""
         with self._transaction() as connection:
-            state = self._lock(connection, stream)
-            if state is None:
-                if not self._has_rows(connection, stream):
-                    return None
-                self._make_states(connection, [stream])
-                state = self._lock(connection, stream)
-                if state is not None and state.frame == 0:
-                    # Under the lock, and not when somebody else has made the state and frozen a frame meanwhile.
-                    self._free(connection, stream)
-            if state is None or not _is_free(state, lease):
-                return None
-            begun, count = state.count > 0, state.count
-            rows = self._frozen_rows(connection, state) if begun else self._free_rows(connection, state)
-            if sum(len(row.lengths) for row in rows) - state.skip < count:
-                state, rows = self._begin_anew(connection, state)
-                begun = False
-            if not rows:
-                return None
-            changes: dict[str, Any] = {} if begun else self._freeze(connection, state, rows)
-            count = changes.get("count", count)
-            given = lease if lease is not None and state.lease == lease else new_lease()
-            changes |= {"lease": given, "leased_until": state.now + _milliseconds(lease_for), "woken_at": state.now}
-            self._change(connection, stream, changes)
-            return self._frame(connection, state, rows, count, begun=begun, lease=given)
+            state = self._locked(connection, stream)
+            return None if state is None else self._claim(connection, state, lease_for, lease)
+
+    def _locked(self, connection: sa.Connection, stream: str) -> StreamState | None:
+        """The state of *stream*, locked, and made first if there is none but batches; None when there are none."""
+        state = self._lock(connection, stream)
+        if state is not None or not self._has_rows(connection, stream):
+            return state
+        self._make_states(connection, [stream])
+        state = self._lock(connection, stream)
+        if state is not None and state.frame == 0:
+            # Under the lock, and not when somebody else has made the state and frozen a frame meanwhile.
+            self._free(connection, stream)
+        return state
+
+    def _claim(
+        self, connection: sa.Connection, state: StreamState, lease_for: float, lease: str | None
+    ) -> Frame | None:
+        if not state.is_free(lease):
+            return None
+        begun, count = state.count > 0, state.count
+        rows = self._frozen_rows(connection, state) if begun else self._free_rows(connection, state)
+        if sum(len(row.lengths) for row in rows) - state.skip < count:
+            state, rows = self._begin_anew(connection, state)
+            begun = False
+        if not rows:
+            return None
+        given = lease if lease is not None and state.lease == lease else new_lease()
+        held = {"lease": given, "leased_until": state.now + _milliseconds(lease_for), "woken_at": state.now}
+        if begun:
+            self._change(connection, state.stream, held)
+        else:
+            count = self._freeze(connection, state, rows, held)
+        return self._frame(connection, state, rows, count, begun=begun, lease=given)
 
     def anchor(self, frame: Frame, offset: str) -> Frame:
-        """See `Outbox.anchor`. Two to three statements."""
+        """See `Outbox.anchor`. One statement; a few when another worker was at the stream."""
         with self._transaction() as connection:
+            found = {**_frozen(frame), "known": frame.anchor, "offset": offset}
+            if connection.execute(self._statements.anchor, found).rowcount == 1:
+                return replace(frame, anchor=offset)
             state = self._lock(connection, frame.stream)
-            if not _is_current(state, frame) or state.anchor != frame.anchor:
+            if state is None or not state.is_current(frame) or state.anchor != frame.anchor:
                 return self._current(connection, frame, state)
             self._change(connection, frame.stream, {"anchor": offset})
             return replace(self._current(connection, frame, state, begun=frame.begun), anchor=offset)
 
     def ack(self, frame: Frame, *, offset: str | None, events: int | None = None) -> bool:
-        """See `Outbox.ack`. Four statements; a few more when only part of the frame is acked."""
+        """See `Outbox.ack`. One statement on PostgreSQL, elsewhere four; a few more when only part is acked."""
         with self._transaction() as connection:
-            state = self._lock(connection, frame.stream)
-            if not _is_current(state, frame):
-                return False
-            acked = min(state.count, len(frame.events) if events is None else events)
-            rest_id, rest = state.rest_id, state.rest
-            if acked < state.count:
-                rest_id, rest = self._cut(connection, state, acked)
-            rows = self._batches.c
-            taken = sa.select(rows.id).where(rows.stream == frame.stream, rows.frame == state.frame)
-            self._delete(connection, [row_id for row_id in connection.scalars(taken) if row_id != rest_id])
-            changes = {"seq": state.seq + 1, "count": 0, "head_id": rest_id, "skip": rest, "parked": None}
-            changes |= {"rest_id": None, "rest": 0} | ({} if offset is None else {"anchor": offset})
-            self._change(connection, frame.stream, changes)
-        self._acked.add(acked)
-        return True
+            acked = self._ack(connection, frame, offset, events)
+        if acked is not None:
+            self._acked.add(acked[0])
+        return acked is not None
+
+    def advance(self, frame: Frame, *, offset: str | None, lease_for: float) -> Advanced:
+        """See `Outbox.advance`. One transaction of three statements on PostgreSQL, elsewhere of six."""
+        with self._transaction() as connection:
+            acked = self._ack(connection, frame, offset, None)
+            state = acked[1] if acked else self._locked(connection, frame.stream)
+            following = None if state is None else self._claim(connection, state, lease_for, frame.lease)
+            if following is None and state is not None and not state.is_leased(frame.lease):
+                # Whoever puts a batch after this look waits for the lock, and then sees that a wake-up is wanted.
+                self._change(connection, frame.stream, {"lease": None, "woken_at": None})
+        if acked is not None:
+            self._acked.add(acked[0])
+        return Advanced(acked is not None, following)
+
+    def _ack(
+        self, connection: sa.Connection, frame: Frame, offset: str | None, events: int | None
+    ) -> tuple[int, StreamState] | None:
+        """The number of events acked, and the state after it, locked; None when *frame* was not current."""
+        if connection.dialect.name == "postgresql" and events is None:
+            found = connection.execute(self._statements.ack_on_postgresql, {**_frozen(frame), "offset": offset})
+            if (acked_row := found.one_or_none()) is not None:
+                return len(frame.events), StreamState(*acked_row)
+        state = self._lock(connection, frame.stream)
+        if state is None or not state.is_current(frame):
+            return None
+        acked = min(state.count, len(frame.events) if events is None else events)
+        rest_id, rest = state.rest_id, state.rest
+        if acked < state.count:
+            rest_id, rest = self._cut(connection, state, acked)
+        rows = self._batches.c
+        taken = sa.select(rows.id).where(rows.stream == frame.stream, rows.frame == state.frame)
+        self._delete(connection, [row_id for row_id in connection.scalars(taken) if row_id != rest_id])
+        changes: dict[str, Any] = {"seq": state.seq + 1, "count": 0, "head_id": rest_id, "skip": rest, "parked": None}
+        changes |= {"rest_id": None, "rest": 0} | ({} if offset is None else {"anchor": offset})
+        self._change(connection, frame.stream, changes)
+        return acked, replace(state, **changes)
 
     def renew(self, frame: Frame, *, above: int) -> Frame:
         """See `Outbox.renew`. Two to three statements."""
         with self._transaction() as connection:
             state = self._lock(connection, frame.stream)
-            if not _is_current(state, frame):
+            if state is None or not state.is_current(frame):
                 return self._current(connection, frame, state)
             epoch = max(state.now, above + 1, state.epoch + 1)
             self._change(connection, frame.stream, {"epoch": epoch, "seq": 0})
@@ -274,13 +314,14 @@ class DatabaseOutbox:
         """See `Outbox.shrink`. A few statements."""
         with self._transaction() as connection:
             state = self._lock(connection, frame.stream)
-            if not _is_current(state, frame):
+            if state is None or not state.is_current(frame):
                 return self._current(connection, frame, state)
             count = max(1, min(events, state.count))
             if count < state.count:
                 rest_id, rest = self._cut(connection, state, count)
-                self._change(connection, frame.stream, {"count": count, "rest_id": rest_id, "rest": rest})
-                state = self._lock(connection, frame.stream)
+                changes: dict[str, Any] = {"count": count, "rest_id": rest_id, "rest": rest}
+                self._change(connection, frame.stream, changes)
+                state = replace(state, **changes)
             return self._current(connection, frame, state, begun=frame.begun)
 
     def release(self, frame: Frame, *, delay: float) -> None:
@@ -304,9 +345,9 @@ class DatabaseOutbox:
             if state is None:
                 # Nobody made a state for it yet, so nobody delivers it; a batch may have come all the same.
                 return self._has_rows(connection, stream)
-            if _is_leased(state, lease):
+            if state.is_leased(lease):
                 return False
-            again = _is_free(state, lease) and self._has_rows(connection, stream)
+            again = state.is_free(lease) and self._has_rows(connection, stream)
             self._change(connection, stream, {"lease": None} if again else {"lease": None, "woken_at": None})
             return again
 
@@ -450,51 +491,41 @@ class DatabaseOutbox:
 
     # Rows of a stream
 
-    def _columns(self) -> list[Any]:
-        rows = self._batches.c
-        # What is larger than a frame is read in slices, once it is known which.
-        payload = sa.case((rows.size <= self._limits.max_bytes, rows.payload), else_=None)
-        return [rows.id, rows.created_at, rows.about, payload.label("payload")]
-
-    def _free_rows(self, connection: sa.Connection, state: Any) -> list[Stored]:
+    def _free_rows(self, connection: sa.Connection, state: StreamState) -> list[Stored]:
         """Rows for a new frame: the one that was begun, then free ones by id, up to the first that is too much."""
-        rows = self._batches.c
-        head = sa.select(*self._columns()).where(rows.id == state.head_id)
-        first = (
-            sa.select(rows.id, rows.size, rows.events)
-            .where(rows.stream == state.stream, rows.frame == 0)
-            .order_by(rows.id)
-            .limit(self._limits.max_events)
-            .subquery("first")
-        )
-        bytes_before = sa.func.sum(first.c.size).over(order_by=first.c.id) - first.c.size
-        events_before = sa.func.sum(first.c.events).over(order_by=first.c.id) - first.c.events
-        summed = sa.select(first.c.id, bytes_before.label("bytes"), events_before.label("events")).subquery("summed")
-        found = connection.execute(
-            sa.select(*self._columns())
-            .join(summed, summed.c.id == rows.id)
-            .where(summed.c.bytes < self._limits.max_bytes, summed.c.events < self._limits.max_events)
-            .order_by(rows.id)
-        )
-        return stored([*([] if state.head_id is None else connection.execute(head)), *found])
+        head: Iterable[Any] = ()
+        if state.head_id is not None:
+            head = connection.execute(self._statements.row, {"of_id": state.head_id})
+        return stored([*head, *connection.execute(self._statements.free_rows, {"of_stream": state.stream})])
 
-    def _frozen_rows(self, connection: sa.Connection, state: Any) -> list[Stored]:
+    def _frozen_rows(self, connection: sa.Connection, state: StreamState) -> list[Stored]:
         """Rows of the frozen frame, in its order."""
-        rows = self._batches.c
         found = connection.execute(
-            sa.select(*self._columns()).where(rows.stream == state.stream, rows.frame == state.frame).order_by(rows.id)
+            self._statements.frozen_rows, {"of_stream": state.stream, "of_frame": state.frame}
         ).all()
         # What was begun goes first, also before a lower id that was committed later.
         return sorted(stored(found), key=lambda row: row.id != state.head_id)
 
-    def _freeze(self, connection: sa.Connection, state: Any, rows: list[Stored]) -> dict[str, Any]:
-        """Mark the rows that fit a frame, drop the others from *rows*, and return what the stream's row must say."""
+    def _freeze(
+        self, connection: sa.Connection, state: StreamState, rows: list[Stored], changes: dict[str, Any]
+    ) -> int:
+        """Mark the rows that fit a frame, drop the others from *rows*, and say so, with *changes*, in the state.
+
+        Returns:
+            How many events the frame has.
+        """
         count = events_that_fit((row.lengths for row in rows), state.skip, self._limits)
         taken, rest_id, rest = split([(row.id, len(row.lengths)) for row in rows], state.skip, count)
         del rows[len(taken) :]
         frame = state.frame + 1
-        self._mark(connection, taken, frame)
-        return {"frame": frame, "count": count, "rest_id": rest_id, "rest": rest}
+        changes = {**changes, "frame": frame, "count": count, "rest_id": rest_id, "rest": rest}
+        if connection.dialect.name == "postgresql":
+            marks = {"ids": taken, "new_frame": frame, "of_stream": state.stream}
+            connection.execute(self._statements.freeze_on_postgresql, changes | marks)
+        else:
+            self._mark(connection, taken, frame)
+            self._change(connection, state.stream, changes)
+        return count
 
     def _mark(self, connection: sa.Connection, ids: Sequence[int], frame: int) -> None:
         for some in _chunks(ids):
@@ -502,7 +533,8 @@ class DatabaseOutbox:
                 statement = sa.text(f"UPDATE {self._by_key(connection)} SET o.frame = :frame")  # noqa: S608 - no input
                 connection.execute(statement, {"ids": _json(some), "frame": frame})
             else:
-                connection.execute(sa.update(self._batches).where(self._among(connection, some)).values(frame=frame))
+                among, given = self._among(connection, some)
+                connection.execute(sa.update(self._batches).where(among).values(frame=frame), given)
 
     def _delete(self, connection: sa.Connection, ids: Sequence[int]) -> None:
         for some in _chunks(ids):
@@ -510,14 +542,16 @@ class DatabaseOutbox:
                 statement = sa.text(f"DELETE o FROM {self._by_key(connection)}")
                 connection.execute(statement, {"ids": _json(some)})
             else:
-                connection.execute(sa.delete(self._batches).where(self._among(connection, some)))
+                among, given = self._among(connection, some)
+                connection.execute(sa.delete(self._batches).where(among), given)
 
-    def _among(self, connection: sa.Connection, ids: Sequence[int]) -> sa.ColumnElement[bool]:
+    def _among(
+        self, connection: sa.Connection, ids: Sequence[int]
+    ) -> tuple[sa.ColumnElement[bool], dict[str, Sequence[int]]]:
         column = self._batches.c.id
         if connection.dialect.name == "postgresql":
-            # One array: a thousand parameters take the driver longer than the server takes for the statement.
-            return column == sa.any_(sa.bindparam("ids", ids, type_=postgresql.ARRAY(sa.BigInteger)))
-        return column.in_(ids)
+            return ids_on_postgresql(column), {"ids": ids}
+        return column.in_(ids), {}
 
     def _by_key(self, connection: sa.Connection) -> str:
         # InnoDB locks every row that it reads on the way to those it changes, and waits for the uncommitted ones. For
@@ -532,16 +566,16 @@ class DatabaseOutbox:
         marked = sa.select(rows.id).where(rows.stream == stream, rows.frame != 0)
         self._mark(connection, list(connection.scalars(marked)), 0)
 
-    def _begin_anew(self, connection: sa.Connection, state: Any) -> tuple[Any, list[Stored]]:
+    def _begin_anew(self, connection: sa.Connection, state: StreamState) -> tuple[StreamState, list[Stored]]:
         """Somebody deleted rows that were being sent. What is left goes out under a new epoch."""
         changes: dict[str, Any] = {"epoch": max(state.now, state.epoch + 1), "seq": 0}
         changes |= dict.fromkeys(("count", "skip", "rest"), 0) | dict.fromkeys(("head_id", "rest_id"))
         self._free(connection, state.stream)
         self._change(connection, state.stream, changes)
-        anew = self._lock(connection, state.stream)
+        anew = replace(state, **changes)
         return anew, self._free_rows(connection, anew)
 
-    def _cut(self, connection: sa.Connection, state: Any, count: int) -> tuple[int | None, int]:
+    def _cut(self, connection: sa.Connection, state: StreamState, count: int) -> tuple[int | None, int]:
         """Free the rows of the frozen frame behind its first *count* events; its new `rest_id` and `rest`."""
         rows = self._batches.c
         found = connection.execute(
@@ -555,7 +589,14 @@ class DatabaseOutbox:
         return rest_id, rest
 
     def _frame(
-        self, connection: sa.Connection, state: Any, rows: Iterable[Stored], count: int, *, begun: bool, lease: str
+        self,
+        connection: sa.Connection,
+        state: StreamState,
+        rows: Iterable[Stored],
+        count: int,
+        *,
+        begun: bool,
+        lease: str,
     ) -> Frame:
         events: list[bytes] = []
         marks: list[BatchMark] = []
@@ -579,7 +620,9 @@ class DatabaseOutbox:
         part = sa.func.substr(rows.payload, at + 1, length, type_=sa.LargeBinary)
         return bytes(connection.scalar(sa.select(part).where(rows.id == row_id)) or b"")
 
-    def _current(self, connection: sa.Connection, frame: Frame, state: Any, *, begun: bool = True) -> Frame:
+    def _current(
+        self, connection: sa.Connection, frame: Frame, state: StreamState | None, *, begun: bool = True
+    ) -> Frame:
         """What is frozen now, under the lease of *frame*; *frame* itself, begun, when nothing is."""
         if state is None or not state.count:
             return replace(frame, begun=True)
@@ -588,13 +631,13 @@ class DatabaseOutbox:
 
     # A stream's own row
 
-    def _lock(self, connection: sa.Connection, stream: str) -> Any:
+    def _lock(self, connection: sa.Connection, stream: str) -> StreamState | None:
         """The stream's state and the time, locked until the end of the transaction; None when there is no state."""
-        statement = sa.select(self._streams, now_ms().label("now")).where(self._streams.c.stream == stream)
-        return connection.execute(statement.with_for_update()).one_or_none()
+        row = connection.execute(self._statements.lock, {"of_stream": stream}).one_or_none()
+        return None if row is None else StreamState(*row)
 
     def _change(self, connection: sa.Connection, stream: str, changes: dict[str, Any]) -> None:
-        connection.execute(sa.update(self._streams).where(self._streams.c.stream == stream).values(changes))
+        connection.execute(self._statements.change, {**changes, "of_stream": stream})
 
     def _make_states(self, connection: sa.Connection, streams: Sequence[str]) -> None:
         """Begin a state for those of *streams* that have none; whoever else does the same at this moment may win."""
@@ -603,8 +646,7 @@ class DatabaseOutbox:
             connection.execute(_insert_unless_there(connection.dialect.name, self._streams).values(rows))
 
     def _has_rows(self, connection: sa.Connection, stream: str) -> bool:
-        rows = self._batches.c
-        return connection.execute(sa.select(rows.id).where(rows.stream == stream).limit(1)).first() is not None
+        return connection.execute(self._statements.any_row, {"of_stream": stream}).first() is not None
 
     def _tidy(self) -> None:
         """Remove ids and states that are kept no longer, now and then."""
@@ -671,16 +713,10 @@ def _plain(column_type: sa.types.TypeEngine[Any]) -> sa.types.TypeEngine[Any]:
     return sa.String() if isinstance(column_type, ExactText) else column_type
 
 
-def _is_leased(state: Any, lease: str | None) -> bool:
-    return state.lease is not None and state.lease != lease and bool(state.leased_until > state.now)
-
-
-def _is_free(state: Any, lease: str | None) -> bool:
-    return state.parked is None and state.not_before <= state.now and not _is_leased(state, lease)
-
-
-def _is_current(state: Any, frame: Frame) -> bool:
-    return state is not None and state.count > 0 and (state.epoch, state.seq) == (frame.id.epoch, frame.id.seq)
+def _frozen(frame: Frame) -> dict[str, Any]:
+    """*frame* as the parameters of a statement that asks whether it is frozen, all of it."""
+    of = {"of_stream": frame.stream, "of_count": len(frame.events)}
+    return {**of, "of_epoch": frame.id.epoch, "of_seq": frame.id.seq}
 
 
 def _chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:

@@ -21,7 +21,7 @@ from broadcastable.errors import OutboxFull, UsageError
 from broadcastable.events import Batch
 from broadcastable.settings import Settings
 
-from . import Frame, FrameId, PendingStream, Rate
+from . import Advanced, Frame, FrameId, PendingStream, Rate, steps
 from .framing import Limits, events_that_fit, new_lease, take
 from .rates import Recent
 
@@ -112,7 +112,7 @@ class MemoryOutbox:
         self._lock = threading.Lock()
         self._streams: dict[str, _Stream] = {}
         self._idle: OrderedDict[str, None] = OrderedDict()
-        self._ids: dict[str, None] = {}
+        self._ids: OrderedDict[str, None] = OrderedDict()  # a dict is slow to find the oldest of many
         self._bytes = 0
         self._last_epoch = 0
         self._recent = Recent()
@@ -146,7 +146,7 @@ class MemoryOutbox:
                     state.woken_at = now
                     wanting.append(batch.stream)
             while len(self._ids) > IDS_KEPT:
-                del self._ids[next(iter(self._ids))]
+                self._ids.popitem(last=False)
             return wanting
 
     def stage(self, connection: Any, batches: Sequence[Batch]) -> None:
@@ -204,6 +204,10 @@ class MemoryOutbox:
                 state.anchor = offset
             self._retire(frame.stream, state)
             return True
+
+    def advance(self, frame: Frame, *, offset: str | None, lease_for: float) -> Advanced:
+        """See `Outbox.advance`."""
+        return steps.advance(self, frame, offset=offset, lease_for=lease_for)
 
     def renew(self, frame: Frame, *, above: int) -> Frame:
         """See `Outbox.renew`."""

@@ -41,7 +41,7 @@ from broadcastable.errors import ConfigurationError, UsageError
 from broadcastable.events import Batch
 from broadcastable.settings import Settings
 
-from . import BatchMark, Frame, FrameId, PendingStream, Rate
+from . import Advanced, BatchMark, Frame, FrameId, PendingStream, Rate, steps
 from .framing import Limits, first_events, new_lease, parts_of
 from .rates import SECONDS, Tally, rate_of
 
@@ -210,6 +210,10 @@ class RedisOutbox:
         if acked:
             self._acked.add(removed)
         return acked
+
+    def advance(self, frame: Frame, *, offset: str | None, lease_for: float) -> Advanced:
+        """See `Outbox.advance`. Two or three round trips."""
+        return steps.advance(self, frame, offset=offset, lease_for=lease_for)
 
     def renew(self, frame: Frame, *, above: int) -> Frame:
         """See `Outbox.renew`."""

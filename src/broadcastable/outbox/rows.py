@@ -1,4 +1,4 @@
-"""A batch as a row of the database outbox, and back."""
+"""The rows of the database outbox as values: a batch as a row and back, and the state of a stream."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 import msgspec
 
 from broadcastable.events import Batch
+
+from . import Frame
 
 
 class About(msgspec.Struct, array_like=True):
@@ -31,6 +33,43 @@ class Stored:
     about: About
     lengths: tuple[int, ...]
     payload: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class StreamState:
+    """A stream's own row (`schema.tables` says what its columns mean), and the database's time `now` in ms.
+
+    In the order of the columns, so that a row as it is read makes one.
+    """
+
+    stream: str
+    epoch: int
+    seq: int
+    frame: int
+    count: int
+    head_id: int | None
+    skip: int
+    rest_id: int | None
+    rest: int
+    anchor: str | None
+    lease: str | None
+    leased_until: int
+    not_before: int
+    parked: str | None
+    woken_at: int | None
+    now: int
+
+    def is_leased(self, lease: str | None) -> bool:
+        """Whether another claim than *lease* holds the stream."""
+        return self.lease is not None and self.lease != lease and self.leased_until > self.now
+
+    def is_free(self, lease: str | None) -> bool:
+        """Whether *lease*, or a new claim, may have a frame now, if there is one."""
+        return self.parked is None and self.not_before <= self.now and not self.is_leased(lease)
+
+    def is_current(self, frame: Frame) -> bool:
+        """Whether *frame* is the one that is frozen."""
+        return self.count > 0 and (self.epoch, self.seq) == (frame.id.epoch, frame.id.seq)
 
 
 def row_of(batch: Batch) -> dict[str, Any]:
