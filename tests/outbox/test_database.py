@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from broadcastable.errors import ConfigurationError
 from broadcastable.events import Batch
-from broadcastable.outbox import database
+from broadcastable.outbox import database, engines
 from broadcastable.outbox.database import DatabaseOutbox, sync_url, tables
 from broadcastable.settings import Settings
 from tests.conftest import BACKENDS
@@ -453,6 +453,30 @@ def test_due_steps_through_the_index_and_reads_no_table(app: sa.Engine, outbox: 
 
 
 # Engines and URLs
+
+
+@on_servers
+def test_a_relay_goes_on_after_the_database_hung_up(
+    app: sa.Engine, outbox: DatabaseOutbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server's restart, or its patience with idle connections, costs no delivery."""
+    monkeypatch.setattr(engines, "ASKED_AFTER", 0.0)
+    outbox.put([batch("s")])
+    assert hang_up(app) >= 1
+    assert len(deliver(outbox, "s")) == 1
+
+
+def hang_up(app: sa.Engine) -> int:
+    """End all other connections to the database; how many there were."""
+    with app.connect() as connection:
+        if app.dialect.name == "postgresql":
+            others = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = current_database() "
+            return len(connection.exec_driver_sql(others + "AND pid <> pg_backend_pid()").all())
+        listed = "SELECT id FROM information_schema.processlist WHERE db = DATABASE() AND id <> CONNECTION_ID()"
+        ids = connection.exec_driver_sql(listed).scalars().all()
+        for connection_id in ids:
+            connection.exec_driver_sql(f"KILL {connection_id}")
+        return len(ids)
 
 
 def test_an_engine_of_the_application_lends_its_pool(url: str, app: sa.Engine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import sqlalchemy as sa
@@ -12,6 +13,11 @@ from broadcastable.errors import ConfigurationError
 
 SQLITE_PATIENCE = 30.0
 """Seconds for which a step waits while the application writes: SQLite has one writer at a time."""
+
+ASKED_AFTER = 1.0
+"""Seconds of rest after which a connection is asked whether it is still there, before it is used again."""
+
+_RESTS_SINCE = "broadcastable.rests_since"
 
 Database = sa.Engine | AsyncEngine | sa.URL | str
 
@@ -45,7 +51,9 @@ def open_engine(database: Database | None) -> sa.Engine:
         return database.execution_options(isolation_level="READ COMMITTED")
     url = sync_url(_url(database))
     if url.get_backend_name() != "sqlite":
-        return sa.create_engine(url, isolation_level="READ COMMITTED", pool_pre_ping=True)
+        engine = sa.create_engine(url, isolation_level="READ COMMITTED")
+        _ask_after_a_rest(engine)
+        return engine
     engine = sa.create_engine(url, connect_args={"timeout": SQLITE_PATIENCE})
     _begin_immediately(engine)
     return engine
@@ -102,6 +110,25 @@ def _begin_immediately(engine: sa.Engine) -> None:
     @event.listens_for(engine, "begin")
     def begin(connection: sa.Connection) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _ask_after_a_rest(engine: sa.Engine) -> None:
+    """Have connections that rested in the pool asked whether they are still there. (`pool_pre_ping` asks always.)"""
+
+    @event.listens_for(engine, "checkin")
+    def note_the_time(dbapi_connection: Any, record: Any) -> None:
+        record.info[_RESTS_SINCE] = time.monotonic()
+
+    @event.listens_for(engine, "checkout")
+    def ask(dbapi_connection: Any, record: Any, fairy: Any) -> None:
+        since = record.info.pop(_RESTS_SINCE, None)
+        if since is None or time.monotonic() - since < ASKED_AFTER:
+            return
+        try:
+            engine.dialect.do_ping(dbapi_connection)
+        except engine.dialect.loaded_dbapi.Error as error:
+            # The pool opens another connection, and does not use those any more that are older than this.
+            raise exc.DisconnectionError from error
 
 
 def _url(database: Database) -> sa.URL | str:
