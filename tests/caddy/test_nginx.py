@@ -43,8 +43,8 @@ def configuration(directory: Path, port: int, upstream: int) -> str:
     for there, here in (
         ("listen 443 ssl http2;", f"listen 127.0.0.1:{port} ssl http2;"),
         ("http://127.0.0.1:4437;", f"http://127.0.0.1:{upstream};"),
-        ("/etc/ssl/private/streams.pem", str(directory / "key.pem")),
-        ("/etc/ssl/streams.pem", str(directory / "certificate.pem")),
+        ("/etc/ssl/private/streams.example.org.pem", str(directory / "key.pem")),
+        ("/etc/ssl/streams.example.org.pem", str(directory / "certificate.pem")),
         ("/var/log/nginx/", f"{directory}/"),
     ):
         assert there in text
