@@ -1,9 +1,13 @@
-"""The process that commits: `python -m tests.chaos.app WRITERS ROOMS`, until killed. Settings from the environment."""
+"""The process that commits: `python -m tests.chaos.app WRITERS ROOMS`, until killed. Settings from the environment.
+
+SIGTERM ends it in order: transactions are finished and handed over.
+"""
 
 from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
 import threading
 import time
@@ -11,13 +15,16 @@ import time
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+import broadcastable
 from broadcastable.settings import current_settings
-from tests.chaos.models import Message, Room
+from tests.chaos.models import Commit, Message, Room
+
+ended = threading.Event()
 
 
-def write_forever(engine: sa.Engine, rooms: int, pause: float) -> None:
+def write_on(engine: sa.Engine, rooms: int, pause: float) -> None:
     chance = random.Random()
-    while True:
+    while not ended.is_set():
         try:
             with Session(engine) as session:
                 write(session, chance, rooms)
@@ -32,6 +39,7 @@ def write(session: Session, chance: random.Random, rooms: int) -> None:
     room.number += 1
     here = sa.select(Message).where(Message.room_id == room.id)
     message = session.scalars(here.order_by(sa.func.random()).limit(1)).first()
+    touched = {room.id}
     action = chance.random()
     if message is None or action < 0.5:
         for _ in range(chance.choice((1, 1, 1, 5))):
@@ -43,12 +51,15 @@ def write(session: Session, chance: random.Random, rooms: int) -> None:
         if other is not room:
             other.number += 1
         message.room_id, message.number = other.id, other.number
+        touched.add(other.id)
     else:
         session.delete(message)
     if action > 0.97:
         session.flush()
         session.rollback()
     else:
+        txid, at = broadcastable.txid(session), time.time()
+        session.add_all(Commit(txid=txid, room_id=room_id, process=os.getpid(), at=at) for room_id in touched)
         session.commit()
 
 
@@ -58,9 +69,10 @@ def main() -> None:
     assert url is not None
     engine = sa.create_engine(url, pool_size=writers)
     threads = [
-        threading.Thread(target=write_forever, args=(engine, rooms, float(os.environ["CHAOS_PAUSE"])), daemon=True)
+        threading.Thread(target=write_on, args=(engine, rooms, float(os.environ["CHAOS_PAUSE"])), daemon=True)
         for _ in range(writers)
     ]
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
     for thread in threads:
         thread.start()
     print("writing", flush=True)

@@ -35,6 +35,18 @@ class Message(Base, Broadcastable):
     room: Mapped[Room] = relationship()
 
 
+class Commit(Base):
+    """The log of what readers are owed: one row for each stream that a transaction touches, written in it."""
+
+    __tablename__ = "commits"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    txid: Mapped[str]
+    room_id: Mapped[int]
+    process: Mapped[int]
+    at: Mapped[float]
+    """Unix time just before the commit."""
+
+
 database.tables(Base.metadata)
 
 

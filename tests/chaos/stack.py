@@ -7,9 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +23,7 @@ from broadcastable.durable_streams import DurableStreams
 from broadcastable.settings import Settings
 from broadcastable.tokens import Gatekeeper, generate_key_pair
 from tests import services
-from tests.chaos.models import Message, create
+from tests.chaos.models import Commit, Message, create
 
 SERVER = """
 import sys
@@ -39,6 +40,8 @@ class Part:
     environment: dict[str, str]
     log: Path
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    killed_at: dict[int, float] = field(default_factory=dict, init=False)
+    """By process, the time of its SIGKILL."""
 
     def start(self, **environment: str) -> None:
         with self.log.open("ab") as log:
@@ -58,6 +61,8 @@ class Part:
             self.process.wait(30)
 
     def kill(self) -> None:
+        if self.process is not None:
+            self.killed_at[self.process.pid] = time.time()
         self.end(signal.SIGKILL)
 
 
@@ -156,9 +161,9 @@ class Stack:
                 part.start()
 
     def settle(self, *, within: float) -> None:
-        """Stop the writers, and wait until nothing is pending."""
+        """Stop the writers in order, and wait until nothing is pending."""
         for part in self.applications:
-            part.kill()
+            part.end(signal.SIGTERM)
         with DurableStreams(self.settings) as streams:
             services.wait_until(lambda: not streams.outbox.pending(), within=within, what="an empty outbox")
 
@@ -180,8 +185,7 @@ class Stack:
     def rows(self) -> dict[int, dict[str, dict[str, Any]]]:
         """The table: room -> key -> value, as the events would have it."""
         rows: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
-        engine = sa.create_engine(str(self.settings.database_url), poolclass=sa.NullPool)
-        with Session(engine) as session:
+        with self._session() as session:
             for message in session.scalars(sa.select(Message)):
                 rows[message.room_id][str(message.id)] = {
                     "id": str(message.id),
@@ -190,8 +194,30 @@ class Stack:
                     "writer": message.writer,
                     "body": message.body,
                 }
-        engine.dispose()
         return rows
+
+    def owed(self) -> dict[int, dict[str, Owed]]:
+        """The log of the commits: room -> txid -> what a reader of the room is owed."""
+        owed: dict[int, dict[str, Owed]] = defaultdict(dict)
+        with self._session() as session:
+            for commit in session.scalars(sa.select(Commit)):
+                owed[commit.room_id][commit.txid] = Owed(commit.process, commit.at)
+        return owed
+
+    @contextmanager
+    def _session(self) -> Iterator[Session]:
+        engine = sa.create_engine(str(self.settings.database_url), poolclass=sa.NullPool)
+        with Session(engine) as session:
+            yield session
+        engine.dispose()
+
+
+@dataclass(frozen=True)
+class Owed:
+    """A transaction's events on one stream: who committed them, and when."""
+
+    process: int
+    at: float
 
 
 @dataclass
@@ -199,16 +225,26 @@ class Verdict:
     """What a sceptic finds on the streams. All but `events` should be 0."""
 
     events: int = 0
+    lost: int = 0
+    """Batches: what one transaction had for one stream."""
     streams_that_differ_from_the_table: int = 0
     doubled: int = 0
     out_of_order: int = 0
     torn: int = 0
 
 
-def judge(stack: Stack) -> Verdict:
-    """Fold every stream and compare it with the table; count what is there twice, out of order, or torn apart."""
-    verdict = Verdict()
-    rows = stack.rows()
+def judge(stack: Stack, *, admitted: Callable[[Owed], bool] = lambda owed: False) -> tuple[Verdict, int]:
+    """Fold every stream and compare it with the table; count what is missing, twice, out of order, or torn apart.
+
+    Args:
+        admitted: Whether the guarantees admit the loss of a batch. What it admits is counted apart, and the fold of
+            its stream is not compared with the table.
+
+    Returns:
+        The verdict, and the number of batches that are lost as admitted.
+    """
+    verdict, forgiven = Verdict(), 0
+    rows, owed = stack.rows(), stack.owed()
     for room in range(1, stack.rooms + 1):
         events = stack.events(room)
         verdict.events += len(events)
@@ -230,5 +266,11 @@ def judge(stack: Stack) -> Verdict:
             verdict.out_of_order += event["value"]["number"] < last_number
             last_number = event["value"]["number"]
         verdict.doubled += sum(count - 1 for count in seen.values())
-        verdict.streams_that_differ_from_the_table += fold != rows[room]
-    return verdict
+        arrived = {event["headers"]["txid"] for event in events}
+        missing = [each for txid, each in owed[room].items() if txid not in arrived]
+        excused = sum(map(admitted, missing))
+        forgiven += excused
+        verdict.lost += len(missing) - excused
+        if not excused:
+            verdict.streams_that_differ_from_the_table += fold != rows[room]
+    return verdict, forgiven
