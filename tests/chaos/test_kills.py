@@ -87,9 +87,8 @@ def test_a_killed_application_takes_with_it_what_it_had_not_yet_pushed_to_redis_
             return owed.process in application.killed_at
 
         verdict, forgiven = judge(stack, admitted=admitted)
-    print(
-        f"\n{KILLS} kills, {len(application.killed_at)} of the application: {forgiven} batches lost as admitted, {verdict}"
-    )
+        deaths = len(application.killed_at)
+    print(f"\n{KILLS} kills, {deaths} of the application: {forgiven} batches lost as admitted, {verdict}")
     assert verdict.events > 50
     assert spotless(verdict), verdict
     # A transaction that moves a message has a batch for two streams.
