@@ -15,6 +15,7 @@ import pytest
 from broadcastable.client import StreamClient
 from broadcastable.events import Batch
 from broadcastable.outbox import Outbox
+from broadcastable.outbox.database import DatabaseOutbox
 from broadcastable.outbox.memory import MemoryOutbox
 from broadcastable.outbox.redis import RedisOutbox
 from broadcastable.provisioner import StreamProvisioner
@@ -24,18 +25,25 @@ from broadcastable.settings import Settings
 from broadcastable.sweeper import Sweeper
 from broadcastable.tokens import Gatekeeper
 from tests.chaos.faults import FaultyTransport
+from tests.outbox.conftest import create_tables
 
 BATCHES = int(os.environ.get("CHAOS_BATCHES", "1500"))
 STREAMS = 12
 LIMITS = {"max_frame_bytes": 1 << 14, "max_frame_events": 50}
 
 
-@pytest.fixture(params=["memory", "redis"])
+@pytest.fixture(params=["memory", "redis", "database"])
 def outbox(request: pytest.FixtureRequest) -> Iterator[Outbox]:
-    if request.param == "memory":
-        outbox: Any = MemoryOutbox(max_bytes=1 << 26, **LIMITS)
-    else:
-        outbox = RedisOutbox(request.getfixturevalue("valkey_url"), namespace="chaos", **LIMITS)
+    outbox: Any
+    match request.param:
+        case "memory":
+            outbox = MemoryOutbox(max_bytes=1 << 26, **LIMITS)
+        case "redis":
+            outbox = RedisOutbox(request.getfixturevalue("valkey_url"), namespace="chaos", **LIMITS)
+        case _:
+            url = request.getfixturevalue("postgres_url")
+            create_tables(url)
+            outbox = DatabaseOutbox(url, namespace="chaos", **LIMITS)
     yield outbox
     outbox.close()
 
