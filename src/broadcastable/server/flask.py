@@ -1,6 +1,7 @@
 """Flask: a blueprint for tokens and keys.
 
-app.register_blueprint(streams_blueprint(may_follow))
+>>> app = Flask("chat")
+>>> app.register_blueprint(streams_blueprint(may_follow))
 """
 
 from __future__ import annotations

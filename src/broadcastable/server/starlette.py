@@ -1,7 +1,7 @@
 """Starlette and FastAPI: routes for tokens and keys, a lifespan, and a dependency.
 
-app = FastAPI(lifespan=streams_lifespan(), routes=stream_routes(may_follow))
-Streams = Annotated[AsyncDurableStreams, Depends(durable_streams_of)]
+>>> app = FastAPI(lifespan=streams_lifespan(), routes=stream_routes(may_follow))
+>>> Streams = Annotated[AsyncDurableStreams, Depends(durable_streams_of)]
 """
 
 from __future__ import annotations
