@@ -14,7 +14,8 @@ from sybil.parsers.myst import PythonCodeBlockParser, SkipParser
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from broadcastable import Settings, metrics, settings
+import broadcastable
+from broadcastable import Settings, errors, metrics, settings, testing
 from broadcastable.cli.app import app
 from broadcastable.durable_streams import current, discard
 from broadcastable.outbox.memory import MemoryOutbox
@@ -61,6 +62,16 @@ def test_the_operations_page_has_every_metric_and_no_other():
     named = set(re.findall(r"broadcastable_[a-z_]+", page))
 
     assert named == counted | timed | gauges
+
+
+def test_the_reference_has_every_public_name():
+    """What the front door and the testing kit export; the errors are there as a module."""
+    page = (DOCS / "api.md").read_text()
+    named = set(re.findall(r"^\.\. auto(?:class|function|data):: (\S+?)(?:\(\))?$", page, re.MULTILINE))
+    public = {f"broadcastable.{name}" for name in broadcastable.__all__ if not hasattr(errors, name)}
+
+    assert public - named == set()
+    assert {f"broadcastable.testing.{name}" for name in testing.__all__} - named == set()
 
 
 def test_every_command_that_the_docs_name_exists():
