@@ -35,7 +35,7 @@ SHUTDOWN_GRACE = 10.0
 class Relaying(Protocol):
     """What carries one stream's frames to the stream server: `Relay`."""
 
-    def deliver(self, stream: str) -> None: ...
+    def deliver(self, stream: str) -> object: ...
 
 
 class TakesWakeups(Protocol):

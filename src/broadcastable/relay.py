@@ -12,10 +12,12 @@ import logging
 import random
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
 
+from .circuit import FAILURES, PAUSE, Circuit
 from .client import StreamClient
 from .counters import counters
 from .errors import (
@@ -32,6 +34,7 @@ from .errors import (
     StreamUnavailable,
 )
 from .events import frame_body
+from .names import shard_of
 from .outbox import Frame, Outbox
 from .outbox.steps import claim_or_finish
 from .protocol import BEGINNING, Created
@@ -71,8 +74,16 @@ class _Doubt:
     made_again: bool = False
 
 
+class _Unclear(StreamUnavailable):
+    """The server answers, but nobody can make sense of it."""
+
+
 class Relay:
-    """Delivers streams from the outbox to the stream server. Thread safe; meant for worker threads."""
+    """Delivers streams from the outbox to the stream server. Thread safe; meant for worker threads.
+
+    Args:
+        clock: Seconds, for the pauses between the tries of a server that gives no answer.
+    """
 
     def __init__(
         self,
@@ -80,24 +91,37 @@ class Relay:
         client: StreamClient,
         provisioner: StreamProvisioner,
         settings: Settings,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._outbox = outbox
         self._client = client
         self._provisioner = provisioner
         # A little longer than one request: whoever still waits for an answer then has none to get.
         self._lease_for = seconds(settings.request_timeout) + 1.0
+        self._circuits = [Circuit(url, patience=self._lease_for, clock=clock) for url in settings.server_urls]
         self._failures: dict[str, int] = {}
         self._failures_lock = threading.Lock()
 
-    def deliver(self, stream: str) -> None:
+    def deliver(self, stream: str) -> bool:
         """Send everything that waits for *stream*, frame after frame.
 
-        Trouble with the stream server never raises: the stream is released for a later attempt, or parked.
+        Trouble with the stream server never raises: the stream is released for a later attempt, or parked. While its
+        server gives no answer at all, nothing is done: the stream is left to the sweeper.
         Safe to call at any time, from several workers at once, and after any crash.
+
+        Returns:
+            False when nothing was done because of the server.
 
         Raises:
             Exception: What the outbox itself raises when its store cannot be reached.
         """
+        with self._circuit_of(stream).attempt() as may_try:
+            if may_try:
+                self._deliver(stream)
+            return may_try
+
+    def _deliver(self, stream: str) -> None:
         frame = claim_or_finish(self._outbox, stream, lease_for=self._lease_for, lease=None)
         while frame is not None:
             delay: float | None = 0.0
@@ -109,20 +133,30 @@ class Relay:
                     self._outbox.release(frame, delay=delay)
             frame = following
 
+    def _circuit_of(self, stream: str) -> Circuit:
+        return self._circuits[shard_of(stream, len(self._circuits))]
+
     def _send(self, frame: Frame) -> tuple[float | None, Frame | None]:
         """Get *frame* stored and acked, or parked.
 
         Returns:
             The seconds to wait when it could not be done now, and otherwise the stream's next frame, if any.
         """
+        server = self._circuit_of(frame.stream)
         try:
             following = self._store(frame)
         except StreamUnavailable as error:
+            if _is_unanswered(error):
+                server.unanswered(times=FAILURES)
+                return self._delayed(frame, error, PAUSE * random.uniform(0.5, 1.0)), None
+            server.answered()
             return self._backoff(frame, error, error.retry_after), None
         except StreamForbidden as error:
+            server.answered()
             # Our own keys or settings: parking every stream for that would be worse than waiting for the operator.
             return self._backoff(frame, error, None), None
         except (StreamClosed, StreamConflict, StreamRefused) as error:
+            server.answered()
             log.error("Stream %s is parked with %d events: %s", frame.stream, len(frame.events), error)
             counters.increment("frames_parked")
             self._outbox.park(frame, str(error))
@@ -138,14 +172,17 @@ class Relay:
             failures = self._failures[frame.stream] = self._failures.get(frame.stream, 0) + 1
             while len(self._failures) > 10_000:
                 del self._failures[next(iter(self._failures))]
+        delay = max(min(LONGEST_DELAY, 0.25 * 2.0 ** min(failures, 10)) * random.uniform(0.5, 1.0), wanted or 0.0)
+        return self._delayed(frame, error, delay, level=logging.WARNING if failures == 1 else logging.DEBUG)
+
+    def _delayed(self, frame: Frame, error: StreamError, delay: float, *, level: int = logging.DEBUG) -> float:
         counters.increment("deliveries_delayed")
-        delay = min(LONGEST_DELAY, 0.25 * 2.0 ** min(failures, 10)) * random.uniform(0.5, 1.0)
-        level = logging.WARNING if failures == 1 else logging.DEBUG
-        log.log(level, "Stream %s waits %.1f s: %s", frame.stream, max(delay, wanted or 0.0), error)
-        return max(delay, wanted or 0.0)
+        log.log(level, "Stream %s waits %.1f s: %s", frame.stream, delay, error)
+        return delay
 
     def _store(self, frame: Frame) -> Frame | None:
         """Send *frame* until the server has it, and ack it; what comes after it."""
+        server = self._circuit_of(frame.stream)
         look = frame.begun and frame.anchor is not None
         doubt: _Doubt | None = None
         failures = 0
@@ -165,7 +202,7 @@ class Relay:
                 with append_span(frame):
                     appended = self._client.append(frame.stream, frame_body(frame.events), frame.id, attempts=1)
             except StreamTimeout:
-                look, failures = True, self._brief(failures)
+                look, failures = True, self._brief(frame, failures, answered=False)
             except StreamNotFound:
                 frame = self._heal(frame)
             except ProducerFenced as error:
@@ -186,20 +223,24 @@ class Relay:
             except StreamUnavailable as error:
                 if error.retry_after is not None:
                     raise
-                failures = self._brief(failures)
+                failures = self._brief(frame, failures, answered=not _is_unanswered(error))
             else:
+                server.answered()
                 if not appended.duplicate:
                     return self._ack(frame, appended.offset, len(frame.events))
                 # Stored by an earlier request of ours, by a slower worker, or never: our store may have gone back in
                 # time and given an old number to new events.
                 doubt = _Doubt("it claims a frame that it does not have", above=frame.id.epoch)
-        raise StreamUnavailable(
-            f"Stream {frame.stream!r}: no clear answer in {MOST_STEPS} requests", stream=frame.stream
-        )
+        raise _Unclear(f"Stream {frame.stream!r}: no clear answer in {MOST_STEPS} requests", stream=frame.stream)
 
-    def _brief(self, failures: int) -> int:
+    def _brief(self, frame: Frame, failures: int, *, answered: bool) -> int:
         """Wait a moment before the same request again; the error being handled goes on once that was tried enough."""
-        if failures >= BRIEF_RETRIES:
+        server = self._circuit_of(frame.stream)
+        if answered:
+            server.answered()
+        else:
+            server.unanswered()
+        if failures >= BRIEF_RETRIES or server.is_open:
             raise  # noqa: PLE0704 - called from an except block only
         time.sleep(0.05 * 2**failures * random.uniform(0.5, 1.0))
         return failures + 1
@@ -282,6 +323,10 @@ def _comparable(event: bytes) -> object:
     if isinstance(value, dict) and isinstance(value.get("headers"), dict):
         return {**value, "headers": {name: text for name, text in value["headers"].items() if name != "offset"}}
     return value
+
+
+def _is_unanswered(error: StreamUnavailable) -> bool:
+    return error.status is None and not isinstance(error, _Unclear)
 
 
 def _half(frame: Frame) -> int:

@@ -34,7 +34,7 @@ class Sweeper:
 
     Args:
         outbox: Where to look.
-        deliver: Delivers one stream; what it raises is logged.
+        deliver: Delivers one stream, or returns False when that is vain now. What it raises is logged.
         interval: Seconds between two sweeps, give or take a fifth so that processes do not march in step.
         batch: Most streams taken in one sweep.
         threads: Most streams delivered at the same time.
@@ -43,7 +43,7 @@ class Sweeper:
     def __init__(
         self,
         outbox: Outbox,
-        deliver: Callable[[str], None],
+        deliver: Callable[[str], object],
         *,
         interval: float = INTERVAL,
         batch: int = BATCH,
@@ -56,6 +56,7 @@ class Sweeper:
         self._most_threads = threads
         self._changed = threading.Condition()
         self._due: deque[str] = deque()
+        self._vain = 0
         self._stopping = False
         self._sweeping = threading.Thread(target=self._sweep_until_stopped, name="broadcastable-sweeper", daemon=True)
         self._delivering: dict[threading.Thread, str | None] = {}
@@ -102,6 +103,10 @@ class Sweeper:
         with self._changed:
             self._changed.wait_for(lambda: self._stopping, seconds)
             self._changed.wait_for(lambda: self._stopping or not self._due)
+            if self._vain > self._batch // 2:
+                # All that is found next would be as vain, until the stream server answers.
+                self._changed.wait_for(lambda: self._stopping, self._interval)
+            self._vain = 0
             return not self._stopping
 
     def _take(self, streams: list[str]) -> None:
@@ -126,6 +131,8 @@ class Sweeper:
                 stream = self._delivering[thread] = self._due.popleft()
                 self._changed.notify_all()
             try:
-                self._deliver(stream)
+                if self._deliver(stream) is False:
+                    with self._changed:
+                        self._vain += 1
             except Exception:  # the store's own errors again
                 log.warning("Stream %s could not be delivered; a later sweep finds it again", stream, exc_info=True)

@@ -27,9 +27,9 @@ def outbox(clock: Clock) -> MemoryOutbox:
 
 
 @pytest.fixture
-def relay(outbox: MemoryOutbox, origin: Origin, settings: Settings) -> Iterator[Relay]:
+def relay(outbox: MemoryOutbox, origin: Origin, settings: Settings, clock: Clock) -> Iterator[Relay]:
     client = StreamClient(settings, Gatekeeper(settings), transport=origin.transport())
-    yield Relay(outbox, client, StreamProvisioner(settings), settings)
+    yield Relay(outbox, client, StreamProvisioner(settings), settings, clock=clock)
     client.close()
 
 
