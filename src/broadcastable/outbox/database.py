@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -76,6 +76,7 @@ class DatabaseOutbox:
     """
 
     transactional = True
+    reserves = False
 
     def __init__(
         self,
@@ -112,6 +113,13 @@ class DatabaseOutbox:
         )
 
     # Writing
+
+    def reserve(self, turn: str, streams: Collection[str]) -> None:
+        """The rows' own locks keep the order: what is staged is written before the commit."""
+
+    def withdraw(self, turn: str, streams: Collection[str]) -> list[str]:
+        """Nothing was reserved."""
+        return []
 
     def stage(self, connection: sa.Connection, batches: Sequence[Batch]) -> None:
         """See `Outbox.stage`. A statement holds at most 4 MiB of events, too; a larger batch has one of its own."""
@@ -173,10 +181,9 @@ class DatabaseOutbox:
             connection.execute(sa.update(state).where(state.c.stream.in_(streams)).values(woken_at=now_ms()))
 
     def _insert(self, connection: sa.Connection, rows: Sequence[dict[str, Any]]) -> None:
-        statement = sa.insert(self._batches)
         for some in _statements(rows):
             if len(some) == 1:
-                connection.execute(statement.inline(), some[0])
+                connection.execute(self._statements.insert_one, some[0])
             elif connection.dialect.name == "postgresql":
                 # Arrays: a tenth of the work of a thousand VALUES for the driver, and one text for any number of rows.
                 names = tuple(some[0])
@@ -186,12 +193,12 @@ class DatabaseOutbox:
             elif connection.dialect.insert_executemany_returning:
                 # With RETURNING SQLAlchemy sends all rows in one statement, from a cached text.
                 connection.execute(
-                    statement.returning(self._batches.c.id),
+                    sa.insert(self._batches).returning(self._batches.c.id),
                     some,
                     execution_options={"insertmanyvalues_page_size": ROWS_A_STATEMENT},
                 )
             else:
-                connection.execute(statement.values(some))
+                connection.execute(sa.insert(self._batches).values(some))
 
     def _insert_arrays(self, names: tuple[str, ...]) -> sa.Insert:
         rows = self._batches.c

@@ -24,6 +24,9 @@ class Statements:
         payload = sa.case((rows.size <= limits.max_bytes, rows.payload), else_=None)
         columns = (rows.id, rows.created_at, rows.about, payload.label("payload"))
 
+        self.insert_one = sa.insert(tables.batches).inline()
+        """One row, whose id nobody asks for."""
+
         now = now_ms().label("now")
         self.lock = sa.select(tables.streams, now).where(its_state).with_for_update()
         """The columns of a `StreamState`, locked until the end of the transaction."""
