@@ -14,6 +14,7 @@ import hashlib
 import logging
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LOCAL_NAMES = 200_000
-"""Names kept in the process, about 150 bytes each; the oldest are forgotten first."""
+"""Names kept in the process, about 230 bytes each; the oldest are forgotten first."""
 
 REDIS_TIMEOUT = 0.5
 """Seconds. Redis only saves a PUT here, so waiting longer than a PUT takes would be a loss."""
@@ -90,7 +91,8 @@ class StreamProvisioner:
         lifetime = seconds(settings.provisioned_for)
         self._remember_for = int(lifetime if self._ttl is None else max(1.0, min(lifetime, self._ttl / 2)))
         self._patience = seconds(settings.request_timeout)
-        self._names: dict[str, float] = {}
+        # Not a dict: finding the oldest of one steps over all that were deleted before it (measured: 32 us, here 0.2).
+        self._names: OrderedDict[str, float] = OrderedDict()
         self._being_made: dict[str, float] = {}
         self._lock = threading.Lock()
         server = hashlib.blake2b("\n".join(settings.server_urls).encode(), digest_size=6).hexdigest()
@@ -172,7 +174,7 @@ class StreamProvisioner:
         with self._lock:
             self._names[stream] = time.monotonic() + self._remember_for
             while len(self._names) > LOCAL_NAMES:
-                del self._names[next(iter(self._names))]
+                self._names.popitem(last=False)
 
     # --- Redis: one key a stream, "?" while somebody makes it, "1" once it exists ---
 

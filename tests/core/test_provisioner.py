@@ -110,6 +110,18 @@ def test_a_hundred_tasks_make_one_put(origin: Origin, settings: Settings) -> Non
     assert origin.count("PUT") == 1
 
 
+def test_the_oldest_names_are_forgotten_when_there_are_too_many(
+    origin: Origin, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("broadcastable.provisioner.LOCAL_NAMES", 3)
+    client = StreamClient(settings, Gatekeeper(settings), transport=origin.transport())
+    provisioner = StreamProvisioner(settings)
+    for number in (1, 2, 3, 4, 4, 3, 2, 1):
+        run(provisioner.ensure(f"gid://app/Room/{number}"), client, provisioner)
+    assert origin.count("PUT") == 5
+    provisioner.close()
+
+
 def test_redis_that_is_down_costs_a_put_and_nothing_else(
     origin: Origin, settings: Settings, valkey_server: services.Valkey, caplog: pytest.LogCaptureFixture
 ) -> None:
