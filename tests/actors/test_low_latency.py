@@ -422,3 +422,113 @@ def test_nothing_is_lost_or_doubled_under_load(
         send(broker, number)
     wait_until(lambda: len(noted[0]) + len(noted[1]) >= 1_000, within=20)
     assert sorted(noted[0] + noted[1]) == list(range(1_000))
+
+
+# Many workers
+
+
+@pytest.fixture
+def run_consumers(
+    make_broker: Callable[..., RedisBroker], consume: Callable[..., Any]
+) -> Iterator[Callable[..., list[list[object]]]]:
+    """Starts consumers, each in a thread that acks what it gets; their lists of arguments."""
+    threads: list[threading.Thread] = []
+    stopping = threading.Event()
+
+    def run(number: int, *, timeout: int = 1_000, **options: Any) -> list[list[object]]:
+        got: list[list[object]] = [[] for _ in range(number)]
+
+        def take_all(consumer: dramatiq.Consumer, into: list[object]) -> None:
+            while not stopping.is_set():
+                message = next(consumer)
+                if message is not None:
+                    into.append(message.args[0])
+                    consumer.ack(message)
+
+        for into in got:
+            broker = make_broker(heartbeat_timeout=120_000)
+            install(broker, {"q"})
+            threads.append(threading.Thread(target=take_all, args=(consume(broker, timeout=timeout, **options), into)))
+            threads[-1].start()
+        return got
+
+    yield run
+    stopping.set()
+    for thread in threads:
+        thread.join()
+
+
+def test_a_message_wakes_one_of_many_idle_workers(
+    make_broker: Callable[..., RedisBroker],
+    run_consumers: Callable[..., list[list[object]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(low_latency, "HEARTBEAT", 30.0)
+    broker = make_broker()
+    got = run_consumers(12, prefetch=2)
+    wait_until(lambda: blocked(broker) == 12, what="all consumers waiting in Redis")
+    scripts = lambda: broker.client.info("commandstats")["cmdstat_evalsha"]["calls"]  # noqa: E731
+    before = scripts()
+    for number in range(20):
+        send(broker, number)
+        wait_until(lambda number=number: sum(map(len, got)) == number + 1)
+    # Each is enqueued, fetched and acked; were all woken, they would all fetch.
+    assert scripts() - before < 20 * 5
+
+
+def test_a_worker_that_is_busy_leaves_the_watch_to_an_idle_one(
+    make_broker: Callable[..., RedisBroker],
+    consume: Callable[..., Any],
+    run_consumers: Callable[..., list[list[object]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(low_latency, "HEARTBEAT", 30.0)
+    monkeypatch.setattr(low_latency, "WATCH_MARGIN", 60.0)
+    broker = make_broker(heartbeat_timeout=120_000)
+    install(broker, {"q"})
+    busy = consume(broker, prefetch=10, timeout=200)
+    assert [next(busy), next(busy)] == [None, None]
+    [idle] = run_consumers(1, prefetch=10)
+    wait_until(lambda: blocked(broker) == 1)
+    send(broker, 1)
+    send(broker, 2)
+    held = [next(busy), next(busy)]
+    assert all(held)
+    assert next(busy) is None
+    send(broker, 3)
+    wait_until(lambda: idle == [3])
+    for message in held:
+        busy.ack(message)
+
+
+def test_the_watch_of_a_killed_worker_is_taken_over(
+    make_broker: Callable[..., RedisBroker],
+    run_consumers: Callable[..., list[list[object]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(low_latency, "HEARTBEAT", 30.0)
+    broker = make_broker()
+    broker.client.set("dramatiq:q.watch", "somebody who is no more", px=2_000)
+    got = run_consumers(3, timeout=300)
+    wait_until(lambda: blocked(broker) == 3)
+    send(broker, 1)
+    wait_until(lambda: any(got))
+
+
+def test_a_worker_that_ends_hands_its_watch_over_at_once(
+    make_broker: Callable[..., RedisBroker],
+    consume: Callable[..., Any],
+    run_consumers: Callable[..., list[list[object]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(low_latency, "HEARTBEAT", 30.0)
+    monkeypatch.setattr(low_latency, "WATCH_MARGIN", 60.0)
+    broker = make_broker(heartbeat_timeout=120_000)
+    install(broker, {"q"})
+    ending = consume(broker, timeout=1)
+    assert [next(ending), next(ending)] == [None, None]
+    [got] = run_consumers(1)
+    wait_until(lambda: blocked(broker) == 1)
+    ending.close()
+    send(broker, 1)
+    wait_until(lambda: got == [1])
