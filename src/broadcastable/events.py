@@ -157,6 +157,7 @@ class Batch:
         id: Unique; a push that is repeated with the same id is applied once.
         created_at: Unix time in milliseconds, by the writer's clock; for age and latency figures only.
         trace: W3C `traceparent` of the writer, when OpenTelemetry is in use.
+        turn: The place that the transaction reserved before its commit (`Outbox.reserve`), if it did.
     """
 
     stream: str
@@ -165,6 +166,7 @@ class Batch:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created_at: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
     trace: str | None = field(default_factory=current_trace)
+    turn: str | None = None
 
     @property
     def size(self) -> int:

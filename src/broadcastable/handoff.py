@@ -6,7 +6,8 @@ once an interval, so that a commit is slowed by at most one short connect timeou
 
 Between the end of COMMIT and the hand-over a thread may lose the processor, and a transaction that waited for the same
 row would overtake it. So a transaction takes its `Turn` before it commits, while it still holds its locks, and goes
-behind all that took theirs earlier on one of its streams.
+behind all that took theirs earlier on one of its streams: here among the threads and tasks of this process, and in a
+store that `reserves`, among all processes.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from sqlalchemy.util.concurrency import await_only, in_greenlet
 
 from .counters import counters
 from .errors import OutboxFull
@@ -49,11 +53,13 @@ class Turn:
     Attributes:
         streams: Where it keeps its place; none for batches that nobody announced.
         owner: The task or thread. It does not wait for itself: a session may commit in another one's hook.
+        reserved: The name of its place in the outbox, where one was reserved.
     """
 
     number: int
     streams: frozenset[str]
     owner: object
+    reserved: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,6 +99,7 @@ class Handoff:
         # Transactions by stream that are announced and neither in the outbox nor in the buffer, the earliest first.
         self._open: dict[str, list[Turn]] = {}
         self._delivering: set[Turn] = set()
+        self._reserved: set[Turn] = set()
         self._buffer: list[_Waiting] = []  # in the order of the turns
         self._bytes = 0
         self._changed = threading.Condition()
@@ -102,19 +109,61 @@ class Handoff:
         self._say_dropped_at = 0.0
 
     def announce(self, streams: Iterable[str]) -> Turn:
-        """Before COMMIT, with its locks held: the next turn on *streams*, to `submit` with or to `withdraw`."""
+        """Before COMMIT, with its locks held: the next turn on *streams*, to `submit` with or to `withdraw`.
+
+        Where the outbox reserves places, one round trip to it. Under asyncio that is awaited, if SQLAlchemy's greenlet
+        is there to do so; elsewhere on an event loop nothing is reserved. Never raises for the outbox.
+        """
         if self._pid != os.getpid():
             self._reset()
+        on_loop = _on_event_loop()
         with self._changed:
-            turn = Turn(next(self._numbers), frozenset(streams), _owner())
+            is_away = time.monotonic() < self._retry_at
+            reserves = self._outbox.reserves and not is_away and (not on_loop or in_greenlet())
+            reserved = uuid.uuid4().hex if reserves else None
+            turn = Turn(next(self._numbers), frozenset(streams), _owner(), reserved)
             for name in turn.streams:
                 self._open.setdefault(name, []).append(turn)
+            if reserves:
+                self._reserved.add(turn)
+        try:
+            if reserves and on_loop:
+                await_only(asyncio.to_thread(self._reserve, turn))
+            elif reserves:
+                self._reserve(turn)
+        except BaseException:  # the task was cancelled: nobody has the turn
+            with self._changed:
+                self._end(turn)
+            raise
         return turn
+
+    def _reserve(self, turn: Turn) -> None:
+        assert turn.reserved is not None
+        try:
+            self._outbox.reserve(turn.reserved, turn.streams)
+        except Exception as error:  # any store, any driver: the order of arrival has to do
+            self._failed(error)
 
     def withdraw(self, turn: Turn) -> None:
         """The transaction of *turn* has nothing to hand over after all. Does nothing after `submit`."""
         with self._changed:
+            is_reserved = turn in self._reserved
             self._end(turn)
+        if is_reserved:
+            self._give_up(turn, turn.streams)
+
+    def _give_up(self, turn: Turn, streams: Collection[str]) -> None:
+        """Let others pass on *streams* at once; the store would after a while."""
+        if time.monotonic() < self._retry_at:
+            return  # the store is away, and asking it would only take the caller's time
+        if _on_event_loop():
+            asyncio.get_running_loop().run_in_executor(None, self._give_up, turn, streams)
+            return
+        assert turn.reserved is not None
+        try:
+            self._woken(self._outbox.withdraw(turn.reserved, streams))
+        except Exception as error:
+            log.debug("A reserved place is left to its end (%s)", error)
 
     def submit(self, batches: Sequence[Batch], turn: Turn | None = None) -> None:
         """Take *batches* of a committed transaction, in order. Never raises and never blocks an event loop.
@@ -127,22 +176,31 @@ class Handoff:
         if not batches:
             return
         given = tuple(batches)
+        if turn is None:
+            turn = Turn(next(self._numbers), frozenset(), _owner())
+        elif turn.reserved is not None:
+            given = tuple(replace(batch, turn=turn.reserved) for batch in given)
+        self._submit(given, turn)
+        if turn.reserved is not None:
+            unused = turn.streams.difference(batch.stream for batch in given)
+            if unused:
+                self._give_up(turn, unused)
+
+    def _submit(self, batches: tuple[Batch, ...], turn: Turn) -> None:
         on_loop = _on_event_loop()
         with self._changed:
-            if turn is None:
-                turn = Turn(next(self._numbers), frozenset(), _owner())
             if (on_loop and self._blocking) or not self._may_pass(turn, wait=not on_loop):
-                self._enqueue(given, turn)
+                self._enqueue(batches, turn)
                 return
             self._delivering.add(turn)
         try:
-            self._deliver(given)
+            self._deliver(batches)
         except OutboxFull as error:
-            self._dropped(given, error)
+            self._dropped(batches, error)
         except Exception as error:  # any store, any driver: the row is stored, so the commit must not fail
             self._failed(error)
             with self._changed:
-                self._enqueue(given, turn)
+                self._enqueue(batches, turn)
             return
         with self._changed:
             self._end(turn)
@@ -167,6 +225,7 @@ class Handoff:
 
     def _end(self, turn: Turn) -> None:
         self._delivering.discard(turn)
+        self._reserved.discard(turn)
         for name in turn.streams:
             turns = self._open.get(name)
             if turns is not None and turn in turns:
@@ -180,6 +239,9 @@ class Handoff:
             streams = self._outbox.staged(list(dict.fromkeys(batch.stream for batch in batches)))
         else:
             streams = self._outbox.put(batches)
+        self._woken(streams)
+
+    def _woken(self, streams: Sequence[str]) -> None:
         if streams:
             try:
                 self._wake(streams)

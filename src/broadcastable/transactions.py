@@ -310,7 +310,10 @@ class Level:
 
     def deliveries(self) -> list[tuple[Delivery, Collection[str]]]:
         """Each delivery with the names of its streams."""
-        return [(delivery, streams.keys()) for delivery, streams in self._deliveries.values()]
+        return [
+            (delivery, [name for name, changes in streams.items() if changes.count])
+            for delivery, streams in self._deliveries.values()
+        ]
 
     @property
     def explicit(self) -> int:

@@ -58,8 +58,8 @@ def write(session: Session, chance: random.Random, rooms: int) -> None:
         session.flush()
         session.rollback()
     else:
-        txid, at = broadcastable.txid(session), time.time()
-        session.add_all(Commit(txid=txid, room_id=room_id, process=os.getpid(), at=at) for room_id in touched)
+        txid = broadcastable.txid(session)
+        session.add_all(Commit(txid=txid, room_id=room_id, process=os.getpid()) for room_id in touched)
         session.commit()
 
 

@@ -43,8 +43,6 @@ class Commit(Base):
     txid: Mapped[str]
     room_id: Mapped[int]
     process: Mapped[int]
-    at: Mapped[float]
-    """Unix time just before the commit."""
 
 
 database.tables(Base.metadata)

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -40,8 +39,8 @@ class Part:
     environment: dict[str, str]
     log: Path
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
-    killed_at: dict[int, float] = field(default_factory=dict, init=False)
-    """By process, the time of its SIGKILL."""
+    killed: list[int] = field(default_factory=list, init=False)
+    """The processes that were ended by SIGKILL."""
 
     def start(self, **environment: str) -> None:
         with self.log.open("ab") as log:
@@ -62,7 +61,7 @@ class Part:
 
     def kill(self) -> None:
         if self.process is not None:
-            self.killed_at[self.process.pid] = time.time()
+            self.killed.append(self.process.pid)
         self.end(signal.SIGKILL)
 
 
@@ -201,7 +200,7 @@ class Stack:
         owed: dict[int, dict[str, Owed]] = defaultdict(dict)
         with self._session() as session:
             for commit in session.scalars(sa.select(Commit)):
-                owed[commit.room_id][commit.txid] = Owed(commit.process, commit.at)
+                owed[commit.room_id][commit.txid] = Owed(commit.process)
         return owed
 
     @contextmanager
@@ -214,10 +213,9 @@ class Stack:
 
 @dataclass(frozen=True)
 class Owed:
-    """A transaction's events on one stream: who committed them, and when."""
+    """A transaction's events on one stream: the process that committed them."""
 
     process: int
-    at: float
 
 
 @dataclass

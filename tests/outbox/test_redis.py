@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -130,6 +131,10 @@ def use_everything(outbox: RedisOutbox) -> None:
         outbox.drop(stream)
     outbox.pending()
     outbox.due(older_than=0)
+    outbox.reserve("first", streams)
+    outbox.reserve("second", streams)
+    outbox.put([replace(batch(stream), turn="second") for stream in streams])
+    outbox.withdraw("first", streams)
 
 
 def test_scripts_are_loaded_again_when_the_server_forgot_them(outbox: RedisOutbox, client: redis.Redis) -> None:
@@ -185,6 +190,115 @@ def test_looking_at_streams_that_do_not_exist_leaves_no_keys(outbox: RedisOutbox
     assert outbox.pending("s") == []
     assert outbox.drop("s") == 0
     assert client.keys() == []
+
+
+# Turns: the order of commits among processes
+
+
+def test_a_batch_waits_for_the_turns_that_were_reserved_before_its_own(outbox: RedisOutbox) -> None:
+    first, second, third, elsewhere = batch("s"), batch("s"), batch("s"), batch("s/2")
+    for turn in ("first", "second", "third"):
+        outbox.reserve(turn, ["s"])
+    assert outbox.put([replace(third, turn="third"), elsewhere]) == ["s/2"]
+    assert outbox.put([replace(second, turn="second")]) == []
+    assert outbox.claim("s", lease_for=LONG) is None
+    assert not outbox.finish("s", lease=None)
+    assert [(each.batches, each.events) for each in outbox.pending("s")] == [(2, 2)]
+    assert outbox.put([replace(first, turn="first")]) == ["s"]
+    assert tuple(deliver(outbox, "s")) == events_of(first, second, third)
+    assert outbox.pending("s") == []
+
+
+def test_a_turn_that_is_withdrawn_lets_the_next_one_pass_and_wakes_the_stream(outbox: RedisOutbox) -> None:
+    outbox.reserve("first", ["s", "s/2"])
+    outbox.reserve("second", ["s"])
+    second = batch("s")
+    assert outbox.put([replace(second, turn="second")]) == []
+    assert outbox.withdraw("first", ["s", "s/2"]) == ["s"]
+    assert outbox.withdraw("first", ["s", "s/2"]) == []
+    assert tuple(deliver(outbox, "s")) == events_of(second)
+
+
+def test_a_batch_without_a_turn_goes_behind_those_that_wait(outbox: RedisOutbox) -> None:
+    waiting, without = batch("s"), batch("s")
+    outbox.reserve("first", ["s"])
+    outbox.reserve("second", ["s"])
+    assert outbox.put([replace(waiting, turn="second")]) == outbox.put([without]) == []
+    outbox.withdraw("first", ["s"])
+    assert tuple(deliver(outbox, "s")) == events_of(waiting, without)
+
+
+def test_all_batches_of_a_turn_wait_with_it(outbox: RedisOutbox) -> None:
+    outbox.reserve("first", ["s"])
+    outbox.reserve("second", ["s"])
+    some = [replace(batch("s", text), turn="second") for text in "123"]
+    outbox.put(some[:2])
+    outbox.put(some[2:])
+    outbox.withdraw("first", ["s"])
+    assert tuple(deliver(outbox, "s")) == events_of(*some)
+
+
+def test_a_push_that_is_repeated_takes_its_turn_once(outbox: RedisOutbox) -> None:
+    outbox.reserve("first", ["s"])
+    outbox.reserve("second", ["s"])
+    first, second = replace(batch("s"), turn="first"), replace(batch("s"), turn="second")
+    for _ in range(2):
+        outbox.put([second])
+    for _ in range(2):
+        outbox.put([first, second])
+    assert tuple(deliver(outbox, "s")) == events_of(first, second)
+
+
+def test_the_sweeper_finds_what_waits_for_a_process_that_died(
+    outbox: RedisOutbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_outbox, "TURN_PATIENCE", 300)
+    outbox.reserve("dead", ["s"])
+    outbox.reserve("alive", ["s"])
+    alive, late = batch("s"), batch("s")
+    assert outbox.put([replace(alive, turn="alive")]) == []
+    assert outbox.due(older_than=60) == []
+    wait_until(lambda: outbox.due(older_than=60) == ["s"], what="the end of patience")
+    assert tuple(deliver(outbox, "s")) == events_of(alive)
+    # It was not dead after all: what it has goes to the end.
+    assert outbox.put([replace(late, turn="dead")]) == ["s"]
+    assert tuple(deliver(outbox, "s")) == events_of(late)
+
+
+def test_what_waits_for_its_turn_never_expires_and_a_turn_alone_does(outbox: RedisOutbox, client: redis.Redis) -> None:
+    turns, held, state = "test:{s}:turns", "test:{s}:held", "test:{s}:state"
+    outbox.reserve("first", ["s"])
+    assert 0 < client.ttl(turns) <= 20
+    outbox.reserve("second", ["s"])
+    outbox.put([replace(batch("s"), turn="second")])
+    outbox.reserve("third", ["s"])
+    assert (client.ttl(turns), client.ttl(held), client.ttl(state)) == (-1, -1, -1)
+    outbox.withdraw("first", ["s"])
+    assert client.exists(held) == 0
+    assert 0 < client.ttl(turns) <= 20
+    outbox.withdraw("third", ["s"])
+    deliver(outbox, "s")
+    assert client.exists(turns) == 0
+
+
+def test_what_waits_for_its_turn_is_dropped_with_the_stream(outbox: RedisOutbox, client: redis.Redis) -> None:
+    outbox.put([batch("s", "1")])
+    outbox.reserve("first", ["s"])
+    outbox.reserve("second", ["s"])
+    outbox.put([replace(batch("s", "2", "3"), turn="second")])
+    assert outbox.drop("s") == 3
+    assert client.keys("test:{s}:[qth]*") == []
+    assert outbox.pending("s") == []
+
+
+def test_a_large_batch_waits_for_its_turn_in_all_its_parts(client: redis.Redis) -> None:
+    outbox = RedisOutbox(client, **{**LIMITS, "max_frame_events": 10})
+    outbox.reserve("first", ["s"])
+    outbox.reserve("second", ["s"])
+    large = batch("s", *map(str, range(95)))
+    outbox.put([replace(large, turn="second")])
+    outbox.withdraw("first", ["s"])
+    assert tuple(deliver(outbox, "s")) == events_of(large)
 
 
 # The index of active streams

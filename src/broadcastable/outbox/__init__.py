@@ -9,7 +9,7 @@ alone makes delivery exact; the lease only saves work.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -114,6 +114,23 @@ class Outbox(Protocol):
 
     @property
     def transactional(self) -> bool: ...
+
+    @property
+    def reserves(self) -> bool:
+        """Whether transactions reserve their place before they commit: where several processes put after the commit."""
+        ...
+
+    def reserve(self, turn: str, streams: Collection[str]) -> None:
+        """Before the commit, with its locks held: the next place on *streams* for batches that carry *turn*.
+
+        A batch that is put with a later place waits until the earlier ones are taken by `put`, given up by `withdraw`,
+        or older than the store's patience. Nothing where not `reserves`.
+        """
+        ...
+
+    def withdraw(self, turn: str, streams: Collection[str]) -> list[str]:
+        """Give the place of *turn* on *streams* up; those of them that need a wake-up, as `put` says."""
+        ...
 
     def put(self, batches: Sequence[Batch]) -> list[str]:
         """Append *batches* to their streams' queues, in order; a batch whose id was put before is skipped.

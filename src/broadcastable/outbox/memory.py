@@ -12,7 +12,7 @@ import time
 import uuid
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import quote
@@ -79,6 +79,7 @@ class MemoryOutbox:
     """
 
     transactional = False
+    reserves = False
 
     def __init__(
         self,
@@ -148,6 +149,13 @@ class MemoryOutbox:
             while len(self._ids) > IDS_KEPT:
                 self._ids.popitem(last=False)
             return wanting
+
+    def reserve(self, turn: str, streams: Collection[str]) -> None:
+        """This store has one process, whose hand-off keeps the order by itself."""
+
+    def withdraw(self, turn: str, streams: Collection[str]) -> list[str]:
+        """Nothing was reserved."""
+        return []
 
     def stage(self, connection: Any, batches: Sequence[Batch]) -> None:
         """Not for this store: it knows no transactions. Put the batches after the commit."""

@@ -15,13 +15,17 @@ keeps a wake-up from being lost:
    arrived by the second, since both commands leave in one pipeline; one announced later lists the stream as active
    again by itself.
 3. A look at a stream that has something, but is leased or delayed, sets the time of the next look and leaves it listed.
+
+Processes push after their commits, each at its own pace. So that a stream has the order of the commits all the same, a
+transaction reserves its place before it commits (`reserve`), and what arrives ahead of its turn is held until the
+earlier places are taken, withdrawn, or too old.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -60,6 +64,10 @@ LOOK_AGAIN_AFTER = 1_000
 STATE_KEPT_FOR = 6 * 86_400_000
 """Milliseconds for which the epoch, number and anchor of an empty stream are kept: less than the seven days for which
 stream servers remember a producer, so that a number is never used against a count that is gone."""
+
+TURN_PATIENCE = 2_000
+"""Milliseconds for which a pushed batch waits for a transaction that reserved its place earlier on that stream: longer
+than a COMMIT takes, and how long a stream stands still after an application is killed in the middle of one."""
 
 STREAMS_A_TRIP = 500
 """Scripts sent in one round trip where every stream is asked."""
@@ -101,6 +109,7 @@ class RedisOutbox:
     """
 
     transactional = False
+    reserves = True
 
     def __init__(
         self,
@@ -168,11 +177,22 @@ class RedisOutbox:
         return [_Call("announce", self._index(shard)[:1], tuple(members)) for shard, members in shards.items()]
 
     def _push(self, stream: str, batches: Iterable[Batch]) -> _Call:
-        args: list[str | bytes | int] = [IDS_KEPT_FOR]
+        args: list[str | bytes | int] = [IDS_KEPT_FOR, TURN_PATIENCE]
         for batch in batches:
             elements = _elements(batch, self._limits)
-            args += (batch.id, len(batch.events), len(elements), *elements)
-        return _Call("push", (*self._keys(stream), self._key(stream, "ids")), tuple(args))
+            args += (batch.id, batch.turn or "", len(batch.events), len(elements), *elements)
+        return _Call("push", (*self._ordered_keys(stream), self._key(stream, "ids")), tuple(args))
+
+    def reserve(self, turn: str, streams: Collection[str]) -> None:
+        """See `Outbox.reserve`."""
+        self._call([_Call("reserve", self._ordered_keys(stream)[2:], (turn, TURN_PATIENCE)) for stream in streams])
+
+    def withdraw(self, turn: str, streams: Collection[str]) -> list[str]:
+        """See `Outbox.withdraw`."""
+        answers = self._call(
+            [_Call("withdraw", self._ordered_keys(stream), (turn, TURN_PATIENCE)) for stream in streams]
+        )
+        return [stream for stream, needs_waking in zip(streams, answers, strict=True) if needs_waking]
 
     def stage(self, connection: Any, batches: Sequence[Batch]) -> None:
         """Not for this store: it takes no part in a database transaction. Put the batches after the commit."""
@@ -244,7 +264,7 @@ class RedisOutbox:
 
     def drop(self, stream: str) -> int:
         """See `Outbox.drop`."""
-        return int(self._stream("drop", stream, STATE_KEPT_FOR))
+        return int(self._call([_Call("drop", self._ordered_keys(stream), (STATE_KEPT_FOR,))])[0])
 
     def due(self, *, older_than: float = 1.0, limit: int = 1_000) -> list[str]:
         """See `Outbox.due`. Two or three round trips for each thousand streams that have something to deliver."""
@@ -268,7 +288,10 @@ class RedisOutbox:
     def _look(self, listed: Sequence[tuple[int, str, bool]], older_than: int) -> list[str]:
         """Look at streams of the index, and write down in it what was found; those that are due."""
         answers = self._call(
-            [_Call("look", self._keys(stream), (older_than, LOOK_AGAIN_AFTER)) for _, stream, _ in listed]
+            [
+                _Call("look", self._ordered_keys(stream), (older_than, LOOK_AGAIN_AFTER, TURN_PATIENCE))
+                for _, stream, _ in listed
+            ]
         )
         found: dict[int, list[str | int]] = {}
         for (shard, stream, idle), (_, again) in zip(listed, answers, strict=True):
@@ -288,7 +311,7 @@ class RedisOutbox:
         pending: list[PendingStream] = []
         for start in range(0, len(streams), STREAMS_A_TRIP):
             some = streams[start : start + STREAMS_A_TRIP]
-            answers = self._call([_Call("peek", self._keys(name)) for name in some])
+            answers = self._call([_Call("peek", self._ordered_keys(name)) for name in some])
             for name, answer in zip(some, answers, strict=True):
                 if answer is not None:
                     batches, events, oldest_at, parked = answer
@@ -313,6 +336,9 @@ class RedisOutbox:
 
     def _keys(self, stream: str) -> tuple[str, str]:
         return self._key(stream, "queue"), self._key(stream, "state")
+
+    def _ordered_keys(self, stream: str) -> tuple[str, str, str, str]:
+        return *self._keys(stream), self._key(stream, "turns"), self._key(stream, "held")
 
     def _index(self, shard: int) -> tuple[str, str]:
         return f"{self._prefix}:index:{{{shard}}}:active", f"{self._prefix}:index:{{{shard}}}:idle"

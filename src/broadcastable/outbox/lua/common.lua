@@ -19,6 +19,9 @@
 --   parked            the error that parked the stream
 --   woken             when a wake-up was asked for or a claim given; absent when no worker knows of the stream
 --   batches, events   undelivered, for `pending` only
+--
+-- Turns: a transaction reserves its place before it commits (reserve.lua). `turns` is a sorted set of them by the time
+-- of the reservation (us); `held` has, by turn, the elements that arrived while an earlier turn was open.
 
 local ENDS_AT, COUNT_AT, LENGTHS_AT = 17, 18, 22
 
@@ -98,4 +101,42 @@ end
 -- The caller's own frame, as it is now.
 local function own(state)
   return {'own', redis.call('HMGET', state, 'epoch', 'seq', 'count', 'anchor')}
+end
+
+-- Ask for a wake-up, unless one is queued, a worker is at work, or nothing may be claimed now. Returns 1 or 0.
+local function ask(state, now)
+  local held = redis.call('HMGET', state, 'woken', 'parked', 'after')
+  if held[1] or held[2] or tonumber(held[3] or 0) > now then return 0 end
+  redis.call('HSET', state, 'woken', text(now))
+  return 1
+end
+
+-- The next place among the turns.
+local function place(turns)
+  local time = redis.call('TIME')
+  local last = redis.call('ZRANGE', turns, -1, -1, 'WITHSCORES')[2]
+  return text(math.max(time[1] * 1000000 + time[2], (last or 0) + 1))
+end
+
+-- Queue what is held and no longer behind an open turn. A turn older than `patience` ms is waited for no more.
+-- Returns whether anything was queued.
+local function settle(queue, turns, held, patience)
+  local now = now_ms()
+  local stamp, queued = struct.pack('>d', now), false
+  while true do
+    local first = redis.call('ZRANGE', turns, 0, 0, 'WITHSCORES')
+    if not first[1] then return queued end
+    local elements = redis.call('HGET', held, first[1])
+    if elements then
+      for _, element in ipairs(cmsgpack.unpack(elements)) do redis.call('RPUSH', queue, stamp .. element) end
+      redis.call('HDEL', held, first[1])
+      queued = true
+    elseif now - first[2] / 1000 < tonumber(patience) then
+      break
+    end
+    redis.call('ZREM', turns, first[1])
+  end
+  -- Turns that hold nothing up go by themselves, with the processes that may have died; what is held never does.
+  if redis.call('EXISTS', held) == 0 then redis.call('PEXPIRE', turns, 10 * patience) end
+  return queued
 end
