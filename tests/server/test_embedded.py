@@ -453,6 +453,25 @@ def test_a_restart_on_the_same_directory_keeps_events_and_offsets(tmp_path: Path
         assert owner.get(STREAM, params={"offset": middle}).json() == [2]
 
 
+def test_a_server_killed_between_log_and_metadata_gives_no_offset_twice(tmp_path: Path) -> None:
+    """The file store writes the log first; what it has written about it may be an append behind."""
+    settings = Settings(signing_key=KEYS.private_pem)
+    with embedded_server(settings=settings, data_dir=tmp_path) as server, client_of(server) as owner:
+        owner.put(STREAM)
+        owner.post(STREAM, content=b"[1]")
+        (metadata,) = tmp_path.glob("*/meta.json")
+        behind = metadata.read_bytes()
+        end = owner.post(STREAM, content=b"[2, 3]").headers["stream-next-offset"]
+    metadata.write_bytes(behind)
+    with embedded_server(settings=settings, data_dir=tmp_path) as again, client_of(again) as owner:
+        assert owner.head(STREAM).headers["stream-next-offset"] == end
+        new_end = owner.post(STREAM, content=b"[4]").headers["stream-next-offset"]
+        everything = owner.get(STREAM)
+        assert (everything.json(), everything.headers["stream-next-offset"]) == ([1, 2, 3, 4], new_end)
+        assert owner.get(STREAM, params={"offset": end}).json() == [4]
+        assert owner.get(STREAM, params={"offset": new_end}).json() == []
+
+
 # Logs
 
 

@@ -55,10 +55,35 @@ class FileStore(JsonlStreamStore):
     As shipped each call runs in a thread of its own, and an append shows its events before it shows the new tail. A
     reader in between is told an offset before the one that it has, and is given the same events again (measured: 1 of
     5 readers that were catching up); or, without news, the tail after an append that it has not seen.
+
+    And it believes its metadata, which it writes after the log. Killed between the two, it would give the offsets of
+    its last events again, and a reader would be given those events for ever (measured: by 12 kills under load). So the
+    log is asked, the first time that a stream is used.
     """
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self._compared: set[str] = set()
 
     async def run_sync(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         return fn(*args, **kwargs)
+
+    def _load_meta(self, path: str) -> Any:
+        meta = super()._load_meta(path)
+        if meta is not None and path not in self._compared:
+            last = self._last_in_log(path)
+            if last > meta.head:
+                meta.head = last
+                self._save_meta(path, meta)
+            self._compared.add(path)
+        return meta
+
+    def _last_in_log(self, path: str) -> int:
+        for segment in reversed(self._segments(path)):
+            ids = [int(record["id"]) for record in self._read_segment(segment)]
+            if ids:
+                return max(ids)
+        return 0  # a segment may hold nothing but the torn line of an append that was cut short
 
 
 def rakaia_app(data_dir: Path | None = None) -> App:
