@@ -20,6 +20,7 @@ from .declarations import PathTarget, RecordTarget, Route, plan_for, stream_type
 from .errors import StaleSnapshotError, UsageError
 from .events import ChangeEvent, Operation, encode_json, new_txid, utc_timestamp
 from .settings import Settings
+from .transactions import waiting
 from .values import key_text, row_attributes, row_reader
 
 CHUNK_ROWS = 1_000
@@ -53,24 +54,32 @@ class Snapshot:
         return encode_json(self.as_dict())
 
 
+# Objects that the session holds already are refreshed: what they remember may be older than the offset.
+_AS_STORED = {"populate_existing": True}
+
 EncodeRow = Callable[[Any], bytes]
 
 
 def read_events(session: Session, statement: sa.Select[Any], encode: EncodeRow) -> tuple[dict[str, Any], ...]:
     """The rows of *statement* as events, read in a transaction that is not older than this call."""
     with _Reading(session, statement):
-        records = session.scalars(statement).unique().all()
+        records = session.scalars(statement, execution_options=_AS_STORED).unique().all()
         return tuple(msgspec.json.decode(encode(record)) for record in records)
 
 
 def stream_events(session: Session, statement: sa.Select[Any], encode: EncodeRow) -> Iterator[list[bytes]]:
-    """`read_events` in chunks of `CHUNK_ROWS`, each event as JSON bytes. The rows are not kept in the session."""
+    """`read_events` in chunks of `CHUNK_ROWS`, each event as JSON bytes.
+
+    The session keeps no row that it did not have before.
+    """
     with _Reading(session, statement):
-        result = session.scalars(statement.execution_options(yield_per=CHUNK_ROWS))
+        kept = set(session.identity_map.all_states())
+        result = session.scalars(statement, execution_options={**_AS_STORED, "yield_per": CHUNK_ROWS})
         for partition in result.partitions():
             chunk = [encode(record) for record in partition]
             for record in partition:
-                session.expunge(record)
+                if sa.inspect(record) not in kept:
+                    session.expunge(record)
             yield chunk
 
 
@@ -133,7 +142,7 @@ class _Reading:
 
     def __enter__(self) -> None:
         session = self._session
-        if session.new or session.dirty or session.deleted:
+        if session.new or session.dirty or session.deleted or waiting(session):
             raise StaleSnapshotError(
                 "The session has changes that are not committed, which a snapshot must not show. "
                 "Commit or roll back first, or give snapshot() a session of its own"

@@ -157,6 +157,47 @@ def test_uncommitted_changes_are_refused(tables: sa.Engine, durable_streams: Dur
     durable_streams.delete_stream("room")
 
 
+def test_flushed_changes_that_are_not_committed_are_refused(
+    postgres_url: str, durable_streams: DurableStreams
+) -> None:
+    """Under READ COMMITTED the statement would show them, and a rollback would take them away without an event."""
+    engine = services.open_engine(postgres_url)
+    Base.metadata.create_all(engine)
+    with Session(engine, info={"durable_streams": durable_streams}) as session:
+        session.add(Room(id=9))
+        session.flush()
+        with pytest.raises(StaleSnapshotError, match="not committed"):
+            durable_streams.snapshot(session, sa.select(Room), "room")
+    engine.dispose()
+    durable_streams.delete_stream("room")
+
+
+def test_rows_that_the_session_holds_are_told_as_they_are_now(
+    tables: sa.Engine, durable_streams: DurableStreams
+) -> None:
+    """What an object remembers may be older than the offset; that change would never be read again."""
+    with Session(tables, expire_on_commit=False) as session:
+        held = session.get_one(Message, 1)
+        session.commit()
+        for number, read in enumerate((_bodies, _streamed_bodies)):
+            with Session(tables, info={"durable_streams": durable_streams}) as other:
+                other.get_one(Message, 1).body = f"changed {number}"
+                other.commit()
+            assert durable_streams.drain(10)
+            assert read(durable_streams, session) == [f"changed {number}", "two"]
+            assert held in session
+
+
+def _bodies(durable_streams: DurableStreams, session: Session) -> list[str]:
+    snapshot = durable_streams.snapshot(session, IN_ROOM, "gid://app/Room/1", "messages")
+    return [event["value"]["body"] for event in snapshot.events]
+
+
+def _streamed_bodies(durable_streams: DurableStreams, session: Session) -> list[str]:
+    pieces = durable_streams.stream_snapshot(session, IN_ROOM, "gid://app/Room/1", "messages")
+    return [event["value"]["body"] for event in json.loads(b"".join(pieces))["events"]]
+
+
 def test_wrong_arguments_are_refused_before_anything_is_done(
     tables: sa.Engine, durable_streams: DurableStreams
 ) -> None:
