@@ -102,12 +102,10 @@ class ChangeEvent:
                 ends the session of the reference client.
             UnencodableValue: A value that has no JSON form.
         """
-        for name in ("type", "key", "txid"):
-            text = getattr(self, name)
-            if not (isinstance(text, str) and text) and not (name == "txid" and text is None):
-                raise UsageError(
-                    f"A change event's {name} is text that is not empty (State Protocol, 5.1); got {text!r}"
-                )
+        check_text("type", self.type)
+        check_text("key", self.key)
+        if self.txid is not None:
+            check_text("txid", self.txid)
         operation = Operation.UPDATE if self.operation is Operation.UPSERT else self.operation
         if self.value is None and operation is not Operation.DELETE:
             raise UsageError(f"The {operation} of {self.type} {self.key} has no value; only a delete goes without one")
@@ -123,6 +121,12 @@ class ChangeEvent:
             headers["timestamp"] = self.timestamp
         message["headers"] = headers
         return encode_json(message)
+
+
+def check_text(name: str, text: object) -> None:
+    """Raise `UsageError` unless *text* may be the type, key or txid (*name*) of a change event."""
+    if not (isinstance(text, str) and text):
+        raise UsageError(f"A change event's {name} is text that is not empty (State Protocol, 5.1); got {text!r}")
 
 
 def txid_marker(txid: str) -> ChangeEvent:
@@ -157,7 +161,7 @@ class Batch:
         id: Unique; a push that is repeated with the same id is applied once.
         created_at: Unix time in milliseconds, by the writer's clock; for age and latency figures only.
         trace: W3C `traceparent` of the writer, when OpenTelemetry is in use.
-        turn: The place that the transaction reserved before its commit (`Outbox.reserve`), if it did.
+        turn: The name of the transaction's turn among those of all writers (`Outbox.reserve`), where the store asks.
     """
 
     stream: str

@@ -22,6 +22,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from sqlalchemy.util.concurrency import await_only, in_greenlet
@@ -42,6 +43,12 @@ SAY_INTERVAL = 5.0
 EXIT_GRACE = 3.0
 """Seconds that interpreter exit waits for what is still in the buffer."""
 
+RESERVE_PATIENCE = 0.25
+"""Seconds for which a commit under asyncio waits for its place."""
+
+RESERVERS = 4
+"""Threads that reserve places for the transactions of event loops."""
+
 PATIENCE = 1.0
 """Seconds for which a transaction waits for an earlier one that was announced, and neither commits nor fails."""
 
@@ -53,13 +60,13 @@ class Turn:
     Attributes:
         streams: Where it keeps its place; none for batches that nobody announced.
         owner: The task or thread. It does not wait for itself: a session may commit in another one's hook.
-        reserved: The name of its place in the outbox, where one was reserved.
+        name: What a store that `reserves` knows it by. Names of one process sort like their numbers.
     """
 
     number: int
     streams: frozenset[str]
     owner: object
-    reserved: str | None = None
+    name: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,15 +102,21 @@ class Handoff:
 
     def _reset(self) -> None:
         self._pid = os.getpid()
+        self._writer = uuid.uuid4().hex
         self._numbers = itertools.count()
         # Transactions by stream that are announced and neither in the outbox nor in the buffer, the earliest first.
         self._open: dict[str, list[Turn]] = {}
         self._delivering: set[Turn] = set()
+        # Those that asked the outbox for a place, until they are handed over or withdrawn.
         self._reserved: set[Turn] = set()
+        # Those whose question had no answer: the place may appear later, even after what it was for.
+        self._unsure: set[Turn] = set()
         self._buffer: list[_Waiting] = []  # in the order of the turns
         self._bytes = 0
         self._changed = threading.Condition()
         self._sender: threading.Thread | None = None
+        self._reservers: ThreadPoolExecutor | None = None
+        self._is_failing = False  # since the store last failed, nothing has got into it
         self._retry_at = 0.0
         self._sending = False
         self._say_dropped_at = 0.0
@@ -111,24 +124,23 @@ class Handoff:
     def announce(self, streams: Iterable[str]) -> Turn:
         """Before COMMIT, with its locks held: the next turn on *streams*, to `submit` with or to `withdraw`.
 
-        Where the outbox reserves places, one round trip to it. Under asyncio that is awaited, if SQLAlchemy's greenlet
-        is there to do so; elsewhere on an event loop nothing is reserved. Never raises for the outbox.
+        Where the outbox reserves places, one round trip to it. Under asyncio that is awaited, for a quarter of a second
+        at most, if SQLAlchemy's greenlet is there to do so; elsewhere on an event loop nothing is reserved. While the
+        store fails nothing is asked of it here but by one transaction an interval. Never raises for the outbox.
         """
         if self._pid != os.getpid():
             self._reset()
         on_loop = _on_event_loop()
         with self._changed:
-            is_away = time.monotonic() < self._retry_at
-            reserves = self._outbox.reserves and not is_away and (not on_loop or in_greenlet())
-            reserved = uuid.uuid4().hex if reserves else None
-            turn = Turn(next(self._numbers), frozenset(streams), _owner(), reserved)
+            reserves = self._outbox.reserves and (not on_loop or in_greenlet()) and self._may_ask()
+            turn = self._next_turn(streams)
             for name in turn.streams:
                 self._open.setdefault(name, []).append(turn)
             if reserves:
                 self._reserved.add(turn)
         try:
             if reserves and on_loop:
-                await_only(asyncio.to_thread(self._reserve, turn))
+                await_only(self._reserve_aside(turn))
             elif reserves:
                 self._reserve(turn)
         except BaseException:  # the task was cancelled: nobody has the turn
@@ -137,31 +149,65 @@ class Handoff:
             raise
         return turn
 
+    def _may_ask(self) -> bool:
+        """Whether this transaction may ask the store. The caller holds the lock."""
+        if not self._is_failing:
+            return True
+        if self._buffer or time.monotonic() < self._retry_at:
+            return False  # with something in the buffer the sender asks
+        self._retry_at = time.monotonic() + RETRY_INTERVAL
+        return True
+
+    def _next_turn(self, streams: Iterable[str]) -> Turn:
+        number = next(self._numbers)
+        return Turn(number, frozenset(streams), _owner(), f"{self._writer}:{number:012}")
+
     def _reserve(self, turn: Turn) -> None:
-        assert turn.reserved is not None
         try:
-            self._outbox.reserve(turn.reserved, turn.streams)
+            self._outbox.reserve(turn.name, turn.streams)
         except Exception as error:  # any store, any driver: the order of arrival has to do
+            self._unsure.add(turn)
             self._failed(error)
+        else:
+            self._is_failing = False
+
+    async def _reserve_aside(self, turn: Turn) -> None:
+        """`_reserve` in threads that the application cannot fill: it holds locks that those may be waiting for."""
+        with self._changed:
+            if self._reservers is None:
+                self._reservers = ThreadPoolExecutor(RESERVERS, thread_name_prefix="broadcastable-reserve")
+
+        def reserve() -> None:
+            if turn in self._reserved and not self._is_failing:
+                self._reserve(turn)
+                if turn not in self._reserved:  # given up meanwhile
+                    self._give_up(turn, turn.streams)
+
+        asked = asyncio.get_running_loop().run_in_executor(self._reservers, reserve)
+        _, late = await asyncio.wait([asked], timeout=RESERVE_PATIENCE)
+        if late:
+            with self._changed:
+                self._reserved.discard(turn)
 
     def withdraw(self, turn: Turn) -> None:
         """The transaction of *turn* has nothing to hand over after all. Does nothing after `submit`."""
         with self._changed:
             is_reserved = turn in self._reserved
+            self._unsure.discard(turn)
             self._end(turn)
         if is_reserved:
             self._give_up(turn, turn.streams)
 
     def _give_up(self, turn: Turn, streams: Collection[str]) -> None:
         """Let others pass on *streams* at once; the store would after a while."""
-        if time.monotonic() < self._retry_at:
-            return  # the store is away, and asking it would only take the caller's time
+        if self._is_failing:
+            return  # asking would only take the caller's time
         if _on_event_loop():
-            asyncio.get_running_loop().run_in_executor(None, self._give_up, turn, streams)
+            if self._reservers is not None:
+                self._reservers.submit(self._give_up, turn, streams)
             return
-        assert turn.reserved is not None
         try:
-            self._woken(self._outbox.withdraw(turn.reserved, streams))
+            self._woken(self._outbox.withdraw(turn.name, streams))
         except Exception as error:
             log.debug("A reserved place is left to its end (%s)", error)
 
@@ -175,13 +221,12 @@ class Handoff:
             self._reset()
         if not batches:
             return
-        given = tuple(batches)
         if turn is None:
-            turn = Turn(next(self._numbers), frozenset(), _owner())
-        elif turn.reserved is not None:
-            given = tuple(replace(batch, turn=turn.reserved) for batch in given)
+            turn = self._next_turn(())
+        has_place = turn in self._reserved
+        given = tuple(replace(batch, turn=turn.name) for batch in batches) if self._outbox.reserves else tuple(batches)
         self._submit(given, turn)
-        if turn.reserved is not None:
+        if has_place:
             unused = turn.streams.difference(batch.stream for batch in given)
             if unused:
                 self._give_up(turn, unused)
@@ -204,6 +249,13 @@ class Handoff:
             return
         with self._changed:
             self._end(turn)
+        self._clear_up((turn,))
+
+    def _clear_up(self, turns: Iterable[Turn]) -> None:
+        """Give up the places of *turns*, whose batches are in the outbox, that may have come after them."""
+        for turn in self._unsure.intersection(turns):
+            self._unsure.discard(turn)
+            self._give_up(turn, turn.streams)
 
     def _may_pass(self, turn: Turn, *, wait: bool) -> bool:
         """Whether it is *turn*'s turn, past the buffer; may wait for that where a commit before it has just ended."""
@@ -239,6 +291,7 @@ class Handoff:
             streams = self._outbox.staged(list(dict.fromkeys(batch.stream for batch in batches)))
         else:
             streams = self._outbox.put(batches)
+        self._is_failing = False
         self._woken(streams)
 
     def _woken(self, streams: Sequence[str]) -> None:
@@ -256,6 +309,7 @@ class Handoff:
             log.error("%d batches dropped, the first for stream %s: %s", len(batches), batches[0].stream, why)
 
     def _failed(self, error: Exception) -> None:
+        self._is_failing = True
         self._retry_at = time.monotonic() + RETRY_INTERVAL
         log.error(
             "The outbox cannot be reached (%s: %s). Up to %d bytes are kept here and sent when it is back",
@@ -308,6 +362,8 @@ class Handoff:
                     self._changed.notify_all()
                 else:
                     self._changed.wait_for(lambda: self._sender is not me, RETRY_INTERVAL)
+            if sent:
+                self._clear_up(waiting.turn for waiting in ready)
 
     def _ready(self) -> list[_Waiting]:
         """What the buffer has and no open turn must precede. The caller holds the lock."""
@@ -352,7 +408,10 @@ class Handoff:
                 self._dropped(left, "closed before the outbox could be reached")
             self._buffer, self._bytes = [], 0
             sender, self._sender = self._sender, None
+            reservers, self._reservers = self._reservers, None
             self._changed.notify_all()
+        if reservers is not None:
+            reservers.shutdown(wait=False)
         if sender is not None:
             sender.join()
             atexit.unregister(self.flush)

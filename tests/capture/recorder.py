@@ -37,7 +37,7 @@ class Recorder:
 
     def announce(self, streams: Collection[str]) -> Turn:
         assert not self.transactional
-        turn = Turn(len(self.turns), frozenset(streams), None)
+        turn = Turn(len(self.turns), frozenset(streams), None, "")
         self.turns.append(turn)
         return turn
 

@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import sqlalchemy as sa
@@ -128,6 +129,31 @@ def test_tasks_that_change_one_row(postgres_url: str, processes: list[DurableStr
 
     asyncio.run(main())
     assert numbers_in(processes) == list(range(WRITERS * COMMITS + 1))
+
+
+def test_a_commit_needs_no_thread_that_the_application_can_fill(
+    postgres_url: str, processes: list[DurableStreams]
+) -> None:
+    """It holds its locks, and the threads of the loop's own pool may be waiting for just those."""
+    sync_engine = sa.create_engine(postgres_url)
+    begin(sync_engine, processes[0])
+    sync_engine.dispose()
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        engine = create_async_engine(postgres_url.replace("+psycopg", "+asyncpg"))
+        committed = threading.Event()
+        async with AsyncSession(engine, info={"durable_streams": processes[0]}) as session:
+            (await session.get_one(Counter, 1, with_for_update=True)).number = 1
+            blocked = loop.run_in_executor(None, committed.wait, 60)
+            await asyncio.wait_for(session.commit(), 30)
+        committed.set()
+        assert await blocked
+        await engine.dispose()
+
+    asyncio.run(main())
+    assert numbers_in(processes) == [0, 1]
 
 
 def test_a_commit_that_fails_holds_nobody_up(postgres_url: str, processes: list[DurableStreams]) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import pytest
+from sqlalchemy.util.concurrency import greenlet_spawn
 
 from broadcastable.counters import counters
 from broadcastable.events import Batch
@@ -85,6 +86,87 @@ def test_while_redis_is_away_commits_do_not_fail_and_nothing_is_lost_or_reordere
     assert numbers(outbox) == expected(200)
     # One attempt of a hundred and ninety-nine waited for Redis; the rest went into the buffer.
     assert slowed < 5
+    outbox.close()
+
+
+def test_a_redis_that_hangs_slows_one_commit_not_each(valkey_server: services.Valkey) -> None:
+    outbox = redis_outbox(valkey_server.url)
+    handoff = Handoff(outbox, lambda streams: None, max_bytes=1 << 20, blocking=True)
+    handoff.submit([batch(0)], handoff.announce(["rooms/1"]))
+    valkey_server.pause()
+    slowed = 0.0
+    for n in range(1, 61):
+        began = time.monotonic()
+        handoff.submit([batch(n)], handoff.announce(["rooms/1"]))
+        slowed += time.monotonic() - began
+        time.sleep(0.05)  # the pace of the commits: three seconds, in which a store may be asked again and again
+    valkey_server.resume()
+    assert handoff.flush(20)
+    found: list[bytes] = []
+    within(10, lambda: found.extend(numbers(outbox)) or len(found) >= 61)
+    assert found == expected(61)
+    assert slowed < 1.0
+    outbox.close()
+
+
+def test_a_redis_that_hangs_slows_no_rollback(valkey_server: services.Valkey) -> None:
+    """They have nothing to send, so it is they who ask whether the store is back: one in each interval."""
+    outbox = redis_outbox(valkey_server.url)
+    handoff = Handoff(outbox, lambda streams: None, max_bytes=1 << 20, blocking=True)
+    valkey_server.pause()
+    began = time.monotonic()
+    for _ in range(200):
+        handoff.withdraw(handoff.announce(["rooms/1"]))
+    assert time.monotonic() - began < 2.0
+    valkey_server.resume()
+
+    def has_a_place() -> bool:
+        handoff.withdraw(handoff.announce(["rooms/1"]))
+        return handoff._is_failing is False
+
+    within(10, has_a_place)
+    outbox.close()
+
+
+def test_commits_of_many_tasks_wait_for_a_redis_that_hangs_once(valkey_server: services.Valkey) -> None:
+    outbox = redis_outbox(valkey_server.url)
+    handoff = Handoff(outbox, lambda streams: None, max_bytes=1 << 20, blocking=True)
+    valkey_server.pause()
+
+    async def commit(n: int) -> None:
+        handoff.submit([batch(n)], await greenlet_spawn(handoff.announce, ["rooms/1"]))
+
+    async def main() -> float:
+        began = time.monotonic()
+        await asyncio.gather(*(commit(n) for n in range(200)))
+        return time.monotonic() - began
+
+    assert asyncio.run(main()) < 2.0
+    valkey_server.resume()
+    assert handoff.flush(20)
+    assert sorted(numbers(outbox)) == sorted(expected(200))
+    handoff.close(1)
+    outbox.close()
+
+
+def test_a_commit_that_is_cancelled_gives_its_place_up(valkey_server: services.Valkey) -> None:
+    outbox = redis_outbox(valkey_server.url)
+    handoff = Handoff(outbox, lambda streams: None, max_bytes=1 << 20, blocking=True)
+
+    async def main() -> None:
+        valkey_server.pause()
+        commit = asyncio.create_task(greenlet_spawn(handoff.announce, ["rooms/1"]))
+        await asyncio.sleep(0.02)  # until the reservation is on its way
+        commit.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await commit
+        valkey_server.resume()
+
+    asyncio.run(main())
+    handoff.close(1)  # and with it the threads that reserve
+    later = Handoff(outbox, lambda streams: None, max_bytes=1 << 20, blocking=True)
+    later.submit([batch(0)], later.announce(["rooms/1"]))
+    within(1.5, lambda: numbers(outbox) == expected(1))  # well before a place that nobody gave up would pass
     outbox.close()
 
 

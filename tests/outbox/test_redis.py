@@ -228,6 +228,22 @@ def test_a_batch_without_a_turn_goes_behind_those_that_wait(outbox: RedisOutbox)
     assert tuple(deliver(outbox, "s")) == events_of(waiting, without)
 
 
+def test_a_batch_whose_turn_has_no_place_goes_before_the_later_ones_of_its_writer(outbox: RedisOutbox) -> None:
+    """So are those that could not reserve one while Redis was away, and those that then waited for too long."""
+    outbox.reserve("other:1", ["s"])
+    outbox.reserve("own:4", ["s"])
+    outbox.reserve("other:2", ["s"])
+    second, third = replace(batch("s"), turn="own:2"), replace(batch("s"), turn="own:3")
+    fourth, other = replace(batch("s"), turn="own:4"), replace(batch("s"), turn="other:1")
+    last = replace(batch("s"), turn="own:5")
+    outbox.put([second, third])
+    outbox.put([fourth, last])
+    outbox.withdraw("other:2", ["s"])
+    assert outbox.claim("s", lease_for=LONG) is None
+    outbox.put([other])
+    assert tuple(deliver(outbox, "s")) == events_of(other, second, third, fourth, last)
+
+
 def test_all_batches_of_a_turn_wait_with_it(outbox: RedisOutbox) -> None:
     outbox.reserve("first", ["s"])
     outbox.reserve("second", ["s"])
@@ -279,6 +295,49 @@ def test_what_waits_for_its_turn_never_expires_and_a_turn_alone_does(outbox: Red
     outbox.withdraw("third", ["s"])
     deliver(outbox, "s")
     assert client.exists(turns) == 0
+
+
+def test_the_state_of_a_frame_that_is_sent_after_it_waited_for_its_turn_never_expires(
+    outbox: RedisOutbox, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue was empty meanwhile, and the state of an idle stream expires."""
+    monkeypatch.setattr(redis_outbox, "TURN_PATIENCE", 60_000)
+    outbox.put([batch("s")])
+    frame = claim(outbox, "s")
+    outbox.reserve("first", ["s"])
+    outbox.reserve("second", ["s"])
+    outbox.put([replace(batch("s"), turn="second")])
+    outbox.ack(frame, offset="1")
+    assert client.ttl("test:{s}:state") > 0
+    outbox.withdraw("first", ["s"])
+    claim(outbox, "s", lease=frame.lease)
+    assert client.ttl("test:{s}:state") == -1
+
+
+def test_a_turn_is_not_withdrawn_from_under_what_it_holds(outbox: RedisOutbox) -> None:
+    """A reservation that nobody waited for may reach Redis, and be withdrawn, after the push."""
+    outbox.reserve("first", ["s"])
+    held = replace(batch("s"), turn="second")
+    outbox.put([held])
+    outbox.reserve("second", ["s"])
+    outbox.withdraw("second", ["s"])
+    outbox.withdraw("first", ["s"])
+    assert tuple(deliver(outbox, "s")) == events_of(held)
+
+
+def test_what_is_held_is_delivered_though_the_turns_are_gone(outbox: RedisOutbox, client: redis.Redis) -> None:
+    outbox.reserve("first", ["s"])
+    held = [replace(batch("s"), turn=f"own:{number}") for number in (2, 3)]
+    outbox.put(held)
+    client.delete("test:{s}:turns")
+    assert outbox.due(older_than=0) == ["s"]
+    assert tuple(deliver(outbox, "s")) == events_of(*held)
+
+
+def test_a_retry_finds_what_only_waits_for_its_turn(outbox: RedisOutbox) -> None:
+    outbox.reserve("first", ["s"])
+    outbox.put([replace(batch("s"), turn="second")])
+    assert outbox.retry("s")
 
 
 def test_what_waits_for_its_turn_is_dropped_with_the_stream(outbox: RedisOutbox, client: redis.Redis) -> None:

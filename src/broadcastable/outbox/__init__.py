@@ -125,6 +125,10 @@ class Outbox(Protocol):
 
         A batch that is put with a later place waits until the earlier ones are taken by `put`, given up by `withdraw`,
         or older than the store's patience. Nothing where not `reserves`.
+
+        Args:
+            turn: The writer, a colon, and a text that is greater for each later turn of that writer. A batch whose turn
+                has no place, or no more, goes before those of the same writer that are later, or else behind all.
         """
         ...
 

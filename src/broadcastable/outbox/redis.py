@@ -69,6 +69,9 @@ TURN_PATIENCE = 2_000
 """Milliseconds for which a pushed batch waits for a transaction that reserved its place earlier on that stream: longer
 than a COMMIT takes, and how long a stream stands still after an application is killed in the middle of one."""
 
+RESERVE_TIMEOUT = 0.25
+"""Seconds to wait for a place. The commit holds its locks meanwhile, and goes without one when Redis is slower."""
+
 STREAMS_A_TRIP = 500
 """Scripts sent in one round trip where every stream is asked."""
 
@@ -98,8 +101,9 @@ class _Call:
 class RedisOutbox:
     """An `Outbox` in Redis or Valkey, single or Cluster. Thread and fork safe, as its client is.
 
-    A commit is one round trip, whatever the number of streams (two on a cluster). The client made from a URL waits a
-    second at most and never repeats a command by itself: the caller decides, and a repeated `put` is applied once.
+    A commit is two round trips, whatever the number of streams (three on a cluster): one before it, to reserve its
+    place, and one after. The client made from a URL waits a second at most, a quarter of one before the commit, and
+    never repeats a command by itself: the caller decides, and a repeated `put` is applied once.
 
     Args:
         client_or_url: A `redis.Redis` or `redis.RedisCluster` that returns bytes, or a `redis://` URL. A client of
@@ -121,17 +125,11 @@ class RedisOutbox:
         timeout: float = 1.0,
     ) -> None:
         self._owned = isinstance(client_or_url, str)
-        self._client: Any = (
-            redis.Redis.from_url(
-                client_or_url,
-                socket_timeout=timeout,
-                socket_connect_timeout=timeout,
-                retry=Retry(NoBackoff(), 0),
-                decode_responses=False,
-            )
-            if isinstance(client_or_url, str)
-            else client_or_url
-        )
+        self._client: Any = client_or_url
+        self._reserving: Any = client_or_url
+        if isinstance(client_or_url, str):
+            self._client = _impatient_client(client_or_url, timeout)
+            self._reserving = _impatient_client(client_or_url, min(timeout, RESERVE_TIMEOUT))
         if self._client.get_encoder().decode_responses:
             raise ConfigurationError("The redis outbox stores bytes: give it a client with decode_responses=False")
         self._prefix = _without_braces(namespace)
@@ -184,8 +182,9 @@ class RedisOutbox:
         return _Call("push", (*self._ordered_keys(stream), self._key(stream, "ids")), tuple(args))
 
     def reserve(self, turn: str, streams: Collection[str]) -> None:
-        """See `Outbox.reserve`."""
-        self._call([_Call("reserve", self._ordered_keys(stream)[2:], (turn, TURN_PATIENCE)) for stream in streams])
+        """See `Outbox.reserve`. One round trip."""
+        calls = [_Call("reserve", self._ordered_keys(stream)[2:], (turn, TURN_PATIENCE)) for stream in streams]
+        self._call(calls, self._reserving)
 
     def withdraw(self, turn: str, streams: Collection[str]) -> list[str]:
         """See `Outbox.withdraw`."""
@@ -258,7 +257,7 @@ class RedisOutbox:
     def retry(self, stream: str) -> bool:
         """See `Outbox.retry`."""
         unparked, _ = self._call(
-            [_Call("retry", self._keys(stream)), _Call("ZADD", self._index(_shard(stream))[:1], (0, stream))]
+            [_Call("retry", self._ordered_keys(stream)), _Call("ZADD", self._index(_shard(stream))[:1], (0, stream))]
         )
         return bool(unparked)
 
@@ -328,6 +327,7 @@ class RedisOutbox:
         """Close the connections of the client, unless it is yours."""
         if self._owned:
             self._client.close()
+            self._reserving.close()
 
     # Keys
 
@@ -354,19 +354,20 @@ class RedisOutbox:
     def _frozen(self, script: str, frame: Frame, *args: str | int) -> Any:
         return self._stream(script, frame.stream, frame.id.epoch, frame.id.seq, *args)
 
-    def _call(self, calls: Sequence[_Call]) -> list[Any]:
+    def _call(self, calls: Sequence[_Call], client: Any = None) -> list[Any]:
         """Run *calls* in one round trip; a second one after a restart of the server, which forgets its scripts.
 
         Each is about another stream, so that running some of them again later changes no order.
         """
-        answers = _round_trip(self._client, calls)
+        client = client or self._client
+        answers = _round_trip(client, calls)
         again = [number for number, answer in enumerate(answers) if isinstance(answer, NoScriptError | MovedError)]
         if again:
             if any(isinstance(answers[number], MovedError) for number in again):
-                self._client.nodes_manager.initialize()
+                client.nodes_manager.initialize()
             for name in sorted({calls[number].name for number in again} - {"ZADD", "ZRANGE"}):
-                self._client.script_load(_script(name).text)
-            for number, answer in zip(again, _round_trip(self._client, [calls[n] for n in again]), strict=True):
+                client.script_load(_script(name).text)
+            for number, answer in zip(again, _round_trip(client, [calls[n] for n in again]), strict=True):
                 answers[number] = answer
         for answer in answers:
             if isinstance(answer, Exception):
@@ -462,6 +463,16 @@ def _script(name: str) -> _Script:
     folder = resources.files("broadcastable.outbox") / "lua"
     text = (folder / "common.lua").read_text() + (folder / f"{name}.lua").read_text()
     return _Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+def _impatient_client(url: str, timeout: float) -> redis.Redis:
+    return redis.Redis.from_url(
+        url,
+        socket_timeout=timeout,
+        socket_connect_timeout=timeout,
+        retry=Retry(NoBackoff(), 0),
+        decode_responses=False,
+    )
 
 
 def _round_trip(client: Any, calls: Sequence[_Call]) -> list[Any]:

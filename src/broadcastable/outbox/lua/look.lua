@@ -3,7 +3,7 @@
 -- Returns {1 when it is due, when to look again in ms, or -1 when nothing is in the queue}.
 local queue, state = KEYS[1], KEYS[2]
 local now = now_ms()
-if redis.call('EXISTS', KEYS[4]) == 1 and settle(queue, KEYS[3], KEYS[4], ARGV[3]) and ask(state, now) == 1 then
+if redis.call('EXISTS', KEYS[4]) == 1 and settle(queue, state, KEYS[3], KEYS[4], ARGV[3]) and ask(state, now) == 1 then
   return {1, text(now + ARGV[2])}
 end
 local head = redis.call('LINDEX', queue, 0)

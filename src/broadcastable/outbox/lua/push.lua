@@ -5,7 +5,7 @@
 local queue, state, turns, held, ids = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local now = now_ms()
 local stamp = struct.pack('>d', now)
-local position, added, queued = 3, false, false
+local position, added, queued, found = 3, false, false, {}
 redis.call('ZREMRANGEBYSCORE', ids, '-inf', now - ARGV[1])
 while position <= #ARGV do
   local id, turn, events, elements = ARGV[position], ARGV[position + 1], ARGV[position + 2], tonumber(ARGV[position + 3])
@@ -20,9 +20,8 @@ while position <= #ARGV do
       queued = true
     else
       if not redis.call('ZSCORE', turns, turn) then
-        -- It has no place, or waited for it too long: behind all that have one.
-        turn = id
-        redis.call('ZADD', turns, place(turns), turn)
+        turn = turn ~= '' and turn or id
+        redis.call('ZADD', turns, late_place(turns, turn, found), turn)
       end
       local waiting = redis.call('HGET', held, turn)
       local later = waiting and cmsgpack.unpack(waiting) or {}
@@ -34,10 +33,9 @@ while position <= #ARGV do
     redis.call('HINCRBY', state, 'events', events)
     added = true
   end
-  queued = settle(queue, turns, held, ARGV[2]) or queued
+  queued = settle(queue, state, turns, held, ARGV[2]) or queued
   position = position + 4 + elements
 end
 redis.call('PEXPIRE', ids, ARGV[1])
--- The state of an idle stream expires; that of one with something to deliver never does.
 if added or queued then redis.call('PERSIST', state) end
 return queued and ask(state, now) or 0
