@@ -14,7 +14,8 @@ from alembic import command
 from alembic.config import Config
 
 from broadcastable.outbox.schema import tables
-from broadcastable.settings import Settings
+from broadcastable.settings import Settings, override
+from broadcastable.tokens import Gatekeeper
 
 Run = Callable[..., Any]
 
@@ -25,6 +26,12 @@ def files(directory: Path) -> dict[str, str]:
         for path in sorted(directory.rglob("*"))
         if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".db"
     }
+
+
+def environment(directory: Path) -> dict[str, str]:
+    """What broadcastable.env sets."""
+    lines = (directory / "broadcastable.env").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if line.startswith("BROADCASTABLE_"))
 
 
 @pytest.fixture
@@ -96,6 +103,31 @@ def test_the_settings_that_it_writes_are_settings(here: Path, run: Run) -> None:
     settings = Settings.from_env(environment)
     assert settings.signing_key == "config/broadcastable/signing_key.pem"
     assert settings.database_url is not None
+
+
+def kids(caddyfile: str) -> set[str]:
+    return set(re.findall(r'"kid":"([^"]+)"', caddyfile))
+
+
+def test_a_rotation_locks_nobody_out_of_the_server_that_it_describes(here: Path, run: Run) -> None:
+    """install, rotate, rotate --activate: the Caddyfile has the key that signs in each phase, and the old one."""
+    run("install")
+    key = Settings.from_env(environment(here)).signing_key
+    old = kids(run("caddyfile").stdout)
+    with override(signing_key=key):
+        assert "keys lacks it" not in run("keys", "rotate").stdout
+        between = kids(run("caddyfile").stdout)
+        assert run("keys", "rotate", "--activate").exit_code == 0
+    after = kids(run("caddyfile").stdout)
+    new = {key["kid"] for key in Gatekeeper(Settings(signing_key=key)).jwks()["keys"]}
+    assert len(old) == len(new) == 1
+    assert between == after == old | new
+
+
+def test_rotate_without_settings_finds_the_keys_that_install_made(here: Path, run: Run) -> None:
+    run("install")
+    assert run("keys", "rotate").exit_code == 0
+    assert (here / "config/broadcastable/next_signing_key.pem").exists()
 
 
 def test_the_migration_makes_and_drops_the_outbox_tables(here: Path, run: Run, alembic: Config) -> None:

@@ -23,7 +23,8 @@ class ServerConfiguration:
         port: See `domain`.
         tls: "auto", "internal", "off", or two paths.
         data_dir: Where the streams are kept; None for in memory.
-        keys: PEM files whose tokens are taken, private or public. The settings' own keys when empty.
+        keys: PEM files whose tokens are taken, private or public; `kid=path` for tokens that carry a `signing_kid`, and
+            a pattern, such as `verify-*.pem`, for all files that it fits now. The settings' own keys when empty.
         issuer, audience: As in the settings; the settings' own when None.
         origins: Origins of pages that may call.
     """
@@ -55,12 +56,7 @@ def read(path: Path, environment: str) -> ServerConfiguration:
     Raises:
         ConfigurationError: No such file or table, or an entry that is unknown or of the wrong type.
     """
-    try:
-        tables = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigurationError(f"{path}: {error.strerror}. Make one: broadcastable install") from error
-    except ValueError as error:
-        raise ConfigurationError(f"{path}: {error}") from error
+    tables = _tables(path)
     table = tables.get(environment)
     if not isinstance(table, dict):
         known = ", ".join(tables) or "none"
@@ -82,7 +78,9 @@ def _checked(table: Mapping[str, Any], path: Path, environment: str) -> ServerCo
         ):
             raise ConfigurationError(f"{path}, [{environment}]: {name} cannot be {value!r}")
     values = dict(table)
-    values["keys"] = [str(_beside(path, each)) for each in table.get("keys", [])]
+    values["keys"] = [entry for each in table.get("keys", []) for entry in _key_entries(path, each)]
+    if table.get("keys") and not values["keys"]:
+        raise ConfigurationError(f"{path}, [{environment}]: no file fits {', '.join(table['keys'])} of keys")
     if "data_dir" in table:
         values["data_dir"] = str(_beside(path, table["data_dir"]))
     if isinstance(table.get("tls"), list):
@@ -90,6 +88,42 @@ def _checked(table: Mapping[str, Any], path: Path, environment: str) -> ServerCo
             raise ConfigurationError(f"{path}, [{environment}]: tls names two files, a certificate and its key")
         values["tls"] = [str(_beside(path, each)) for each in table["tls"]]
     return ServerConfiguration(**values)
+
+
+def _tables(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}. Make one: broadcastable install") from error
+    except ValueError as error:
+        raise ConfigurationError(f"{path}: {error}") from error
+
+
+def environments_without(path: Path, public: Path) -> list[str]:
+    """The tables of the file at *path* whose `keys` do not lead to the file *public*."""
+    without = []
+    for environment in _tables(path):
+        keys = read(path, environment).keys
+        if keys and public.resolve() not in {Path(each).resolve() for each in keys}:
+            without.append(environment)
+    return without
+
+
+def _key_entries(path: Path, name: str) -> list[str]:
+    """*name* of `keys` as entries of `Settings.verify_keys`."""
+    if "*" in name:
+        found = sorted(_beside(path, name).parent.glob(Path(name).name))
+        return [entry for each in found for entry in _under_both_names(each)]
+    kid, equals, rest = name.partition("=")
+    if equals and not _beside(path, name).exists():
+        return [f"{kid}={_beside(path, rest)}"]
+    return [str(_beside(path, name))]
+
+
+def _under_both_names(found: Path) -> list[str]:
+    """A key is known by its thumbprint; one that `keys rotate` put aside also by the kid in the name of its file."""
+    kid = found.stem.removeprefix("verify-")
+    return [str(found)] if kid == found.stem else [str(found), f"{kid}={found}"]
 
 
 def _beside(path: Path, name: str) -> Path:

@@ -15,9 +15,9 @@ from rich.text import Text
 
 from .configuration import FILE
 from .console import err, out
+from .keys import INSTALLED as KEYS
 from .keys import PUBLIC_KEY, SIGNING_KEY, write_file, write_pair
 
-KEYS = Path("config/broadcastable")
 REVISION_NAME = "broadcastable_outbox"
 
 SETTINGS = f"""\
@@ -43,7 +43,7 @@ origins = ["http://localhost:8000", "http://127.0.0.1:8000"]
 [production]
 domain = "streams.example.com"
 data_dir = "/var/lib/broadcastable/streams"
-keys = ["{(KEYS / PUBLIC_KEY).as_posix()}"]
+keys = ["{(KEYS / PUBLIC_KEY).as_posix()}", "{(KEYS / "verify-*.pem").as_posix()}"]
 origins = ["https://example.com"]
 """
 
@@ -53,7 +53,7 @@ worker: dramatiq broadcastable.worker
 """
 
 IGNORED = f"""\
-{KEYS.as_posix()}/{SIGNING_KEY}
+{KEYS.as_posix()}/*{SIGNING_KEY}
 var/streams/
 """
 
