@@ -18,7 +18,7 @@ import pytest
 import redis
 import sqlalchemy as sa
 
-from broadcastable.events import ChangeEvent
+from broadcastable.events import Batch, ChangeEvent
 from broadcastable.server.embedded import EmbeddedServer, embedded_server
 from broadcastable.settings import Settings
 from broadcastable.tokens import generate_key_pair
@@ -53,6 +53,7 @@ def _state_protocol_tap() -> Iterator[Tap]:
     tap = Tap()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ChangeEvent, "encode", tap.listening(ChangeEvent.encode))
+        patch.setattr(Batch, "__init__", tap.watching(Batch.__init__))
         yield tap
 
 

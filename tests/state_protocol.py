@@ -6,6 +6,7 @@ The section that a rule comes from stands beside it. Where the text says MUST, t
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 import jsonschema
 import pytest
 
-from broadcastable.events import ChangeEvent
+from broadcastable.events import Batch, ChangeEvent
 
 TEXT = {"type": "string", "minLength": 1}
 
@@ -87,6 +88,7 @@ def faults(message: Any) -> list[str]:
     return [error.message for error in _message.iter_errors(message)]
 
 
+@functools.lru_cache(maxsize=2048)  # the tap and a test's own look ask about the same events
 def faults_of_change(body: bytes) -> list[str]:
     """What the protocol has against *body* as one change message: bytes of strict JSON, no NaN, no doubled field."""
     try:
@@ -107,8 +109,18 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return document
 
 
+def is_meant_as_change(body: bytes) -> bool:
+    """Whether *body* is a change message as this package writes them, well or badly made, and not free JSON."""
+    return body.startswith(b'{"type":') and b'"headers":{"operation":' in body
+
+
 class Tap:
-    """Sees every change event that is encoded in this process, whoever encodes it, and keeps what is wrong with it."""
+    """Sees every change event that this process makes, whoever makes it, and keeps what is wrong with it.
+
+    Explicit events are seen as they are encoded. Those of captured changes are put together from parts when their
+    transaction ends, so they are seen in their batch, without which nothing goes anywhere: to the outbox, to a server
+    or to a test's own delivery.
+    """
 
     def __init__(self) -> None:
         self.seen = 0
@@ -119,13 +131,27 @@ class Tap:
 
         def listened(event: ChangeEvent) -> bytes:
             body = encode(event)
-            self.seen += 1
-            wrong = faults_of_change(body)
-            if wrong:
-                self.faults.append((body, wrong))
+            self._look_at(body)
             return body
 
         return listened
+
+    def watching(self, make: Callable[..., None]) -> Callable[..., None]:
+        """*make*, the initializer of `Batch`, with this tap behind it. It never raises either."""
+
+        def watched(batch: Batch, *args: Any, **kwargs: Any) -> None:
+            make(batch, *args, **kwargs)
+            for body in batch.events:
+                if is_meant_as_change(body):
+                    self._look_at(body)
+
+        return watched
+
+    def _look_at(self, body: bytes) -> None:
+        self.seen += 1
+        wrong = faults_of_change(body)
+        if wrong:
+            self.faults.append((body, wrong))
 
     def check(self) -> None:
         """Fail the test when an event since the last check was no message of the protocol."""

@@ -29,7 +29,7 @@ from .values import (
     key_value,
     row_attributes,
     row_reader,
-    to_json_value,
+    row_value,
 )
 
 Predicate: TypeAlias = Callable[[Any], bool]
@@ -83,9 +83,10 @@ def streams_to(
         on: The operations that are sent, as they stand at the commit: an insert and an update in one transaction are
             one insert.
         type: The events' type; `__stream_type__`, else the class name in snake_case.
-        key: The events' key: an attribute's name or a function from the record; the primary key when None.
-        value: What the events say: a function from the record, or a Pydantic model, msgspec Struct or dataclass
-            class, filled from the attributes that are loaded. `to_stream_value()`, the whole row, when None.
+        key: The events' key: an attribute's name or a function from the record; the primary key when None. Where it
+            gives None or an empty text there is no event, but an error in the log.
+        value: What the events say, a JSON object: a function from the record, or a Pydantic model, msgspec Struct or
+            dataclass class, filled from the attributes that are loaded. `to_stream_value()`, the whole row, when None.
         when: The row is on the stream while this is true of the record: an update that makes it false is a delete
             there, and one that makes it true an insert.
         old_value: Whether updates and deletes also carry the row as it was before the transaction.
@@ -398,15 +399,15 @@ ValueOf: TypeAlias = Callable[[Any, Row, bool], Any]
 
 def _value_source(source: ValueSource | None, plan: Plan) -> ValueOf:
     if source is None:
-        return lambda record, row, keys_as_strings: to_json_value(record.to_stream_value())
+        return lambda record, row, keys_as_strings: row_value(record.to_stream_value())
     if not isinstance(source, type):
-        return lambda record, row, keys_as_strings: to_json_value(source(record))
+        return lambda record, row, keys_as_strings: row_value(source(record))
     keys = {each.name for each in plan.attributes if each.is_key}
     fill = _filler(source, plan)
 
     def value(record: Any, row: Row, keys_as_strings: bool) -> Any:
-        made = to_json_value(fill(row))
-        if keys_as_strings and isinstance(made, dict):
+        made = row_value(fill(row))
+        if keys_as_strings:
             made.update({name: key_value(row[name]) for name in keys & made.keys() & row.keys()})
         return made
 

@@ -10,9 +10,9 @@ from sqlalchemy.orm import InstanceState, Session
 
 from .completion import NO_STREAM, PathReader, RowReader, Underway, changes_at
 from .declarations import PathTarget, Plan, RecordTarget, Route
-from .events import encode_json
+from .events import check_text, encode_json
 from .transactions import Buffers, Change, Changes, Delivery, EntityKey, Level, coalesce
-from .values import key_text
+from .values import event_key, key_text
 
 State: TypeAlias = InstanceState[Any]
 
@@ -67,7 +67,7 @@ class Recording:
 
     def place(self, route: Route, record: Any, row: Any) -> tuple[Handle, EntityKey]:
         key = (
-            key_text((route.key_of(record),))
+            event_key(route.key_of(record))
             if route.key_of is not None
             else key_text([row[name] for name in route.plan.key])
         )
@@ -92,6 +92,7 @@ class Recording:
         return changes_at(route, values, self.level, self.delivery)
 
     def add(self, route: Route, handle: Handle, entity: EntityKey, change: Change) -> None:
+        check_text("key", entity[1])
         if isinstance(route.target, RecordTarget):
             changes = self.level.stream(self.delivery, handle).changes
         elif isinstance(route.target, PathTarget):

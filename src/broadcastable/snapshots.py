@@ -21,7 +21,7 @@ from .errors import StaleSnapshotError, UsageError
 from .events import ChangeEvent, Operation, encode_json, new_txid, utc_timestamp
 from .settings import Settings
 from .transactions import waiting
-from .values import key_text, row_attributes, row_reader
+from .values import event_key, key_text, row_attributes, row_reader
 
 CHUNK_ROWS = 1_000
 """Rows held in memory at a time while a snapshot is streamed."""
@@ -94,7 +94,7 @@ def row_encoder(stream: str, settings: Settings) -> EncodeRow:
         state: InstanceState[Any] = sa.inspect(record)
         route = _route_to(stream, state, record, settings.gid_app)
         if route is not None and route.key_of is not None:
-            key = key_text((route.key_of(record),))
+            key = event_key(route.key_of(record))
         else:
             key = key_text(state.mapper.primary_key_from_instance(record))
         if route is not None and route.value_of is not None:

@@ -21,6 +21,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import ColumnProperty, Mapper
 
 from .errors import UnencodableValue
+from .events import check_text
 from .names import key_part
 
 MAX_SAFE_INTEGER: Final = 2**53 - 1
@@ -268,6 +269,36 @@ def key_text(identity: Sequence[Any]) -> str:
     return "/".join(quote(key_part(part), safe="") for part in identity)
 
 
+def event_key(value: object) -> str:
+    """What an application gives as the key of an event, as text.
+
+    Raises:
+        UsageError: None, an empty text, or one that is no Unicode: readers could not tell the row from others.
+    """
+    text = None if value is None else key_part(value)
+    check_text("key", text)
+    assert text is not None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UnencodableValue(f"The key {text!r} holds a lone surrogate and cannot be encoded") from error
+    return text
+
+
+def row_value(value: Any) -> dict[str, Any]:
+    """What an application gives as the value of a row, made of nothing but JSON values.
+
+    Raises:
+        UnencodableValue: It has no JSON form, or is no object: StreamDB, the reference client, throws on anything else.
+    """
+    made = to_json_value(value)
+    if not isinstance(made, dict):
+        raise UnencodableValue(
+            f"The value of a row is a JSON object; got {made!r}. Return a mapping from to_stream_value() or value="
+        )
+    return made
+
+
 Row = Mapping[str, Any]
 """Column attributes by name, as in `InstanceState.dict`."""
 
@@ -303,6 +334,7 @@ def compile_event_encoder(
     Raises (when called):
         KeyError: The row does not hold an attribute, unless *absent_is_null*.
         UnencodableValue: A value without a JSON form.
+        UsageError: A primary key that is the empty text.
     """
     fields = [f"f{index}" for index in range(len(attributes))]
     row_struct = msgspec.defstruct(
@@ -315,6 +347,7 @@ def compile_event_encoder(
         "Event": event_struct,
         "key_value": key_value,
         "key_text": key_text,
+        "check_text": check_text,
         "type_": type_,
         "int": int,
         "datetime": datetime,
@@ -337,6 +370,8 @@ def compile_event_encoder(
         "def encode_event(row):\n"
         "    get = row.get\n"
         f"    key = {key_expression}\n"
+        "    if not key:\n"
+        "        check_text('key', key)\n"
         "    try:\n"
         f"        return key, encode(Event(type_, key, Row({', '.join(arguments)})))\n"
         "    except UnencodableValue:\n"
