@@ -27,7 +27,7 @@ from .counters import counters
 from .errors import BlankStreamables, ConfigurationError, StreamNotFound, UnknownPermission, UsageError
 from .events import ABSENT, Batch, ChangeEvent, Operation, encode_json, frame_body, new_txid, utc_timestamp
 from .handoff import Handoff, Turn
-from .names import Streamable, shard_of, stream_name_from, stream_path
+from .names import Streamable, flattened, shard_of, stream_name_from, stream_path
 from .outbox import Outbox
 from .protocol import (
     StreamResponse,
@@ -45,7 +45,7 @@ from .relay import Relay
 from .settings import OutboxKind, Settings, current_settings, seconds
 from .snapshots import Snapshot
 from .tokens import PERMISSIONS, Gatekeeper
-from .values import to_json_value
+from .values import event_key, to_json_value
 
 if TYPE_CHECKING:
     import dramatiq
@@ -198,7 +198,7 @@ def _event(*, type: str, key: object, value: Any, operation: str, old_value: Any
         raise UsageError(f"operation is one of {', '.join(Operation)}; got {operation!r}") from None
     return ChangeEvent(
         type=type,
-        key=str(key),
+        key=event_key(key),
         operation=known,
         value=to_json_value(value),
         old_value=ABSENT if old_value is None else to_json_value(old_value),
@@ -207,23 +207,23 @@ def _event(*, type: str, key: object, value: Any, operation: str, old_value: Any
     )
 
 
-def session_of(streamables: Iterable[Streamable]) -> Session | None:
-    """The session of the first record among *streamables* that is in one."""
-    for streamable in streamables:
-        if isinstance(streamable, list | tuple):
-            found = session_of(streamable)
-            if found is not None:
-                return found
-        else:
-            state = sa.inspect(streamable, raiseerr=False)
-            if isinstance(state, InstanceState) and state.session is not None:
-                return state.session
-    return None
-
-
-def _in_transaction(session: Any, streamables: Sequence[Streamable]) -> Session | None:
-    session = session_of(streamables) if session is None else getattr(session, "sync_session", session)
-    return session if session is not None and session.in_transaction() else None
+def _in_transaction(session: Any, streamables: Iterable[Streamable]) -> Session | None:
+    """The session whose commit a deferred event waits for: *session*, else that of the first record that is in one."""
+    if session is None:
+        states = (sa.inspect(each, raiseerr=False) for each in flattened(streamables))
+        sessions = (state.session for state in states if isinstance(state, InstanceState))
+        found = next((each for each in sessions if each is not None), None)
+    else:
+        try:
+            found = transactions.sync_session(session)
+        except (AttributeError, TypeError):
+            found = session
+        if not isinstance(found, Session):
+            raise UsageError(
+                f"session= is the Session or AsyncSession whose commit to wait for; got {session!r}. A payload has no "
+                "field of that name: call it something else"
+            )
+    return found if found is not None and found.in_transaction() else None
 
 
 class DurableStreams(_Verbs):
@@ -427,10 +427,11 @@ class DurableStreams(_Verbs):
         Returns:
             The txid: the transaction's, where there is one. None when all *streamables* are blank.
         """
+        streamables = flattened(streamables)
+        waiting = _in_transaction(session, streamables)
         name = self.stream_name_from(*streamables)
         if not name:
             return None
-        waiting = _in_transaction(session, streamables)
         if txid is None:
             txid = new_txid() if waiting is None else transactions.txid(waiting)
         event = _event(type=type, key=key, value=value, operation=operation, old_value=old_value, txid=txid)
@@ -446,11 +447,17 @@ class DurableStreams(_Verbs):
         return True
 
     def broadcast_later_to(self, /, *streamables: Streamable, session: Any = None, **payload: Any) -> bool | None:
-        """Append the JSON object *payload* through the outbox; see `broadcast_event_later_to`."""
+        """Append the JSON object *payload* through the outbox; see `broadcast_event_later_to`.
+
+        Args:
+            session: As there; no field of the payload.
+            payload: The fields.
+        """
+        streamables = flattened(streamables)
+        waiting = _in_transaction(session, streamables)
         name = self.stream_name_from(*streamables)
         if not name:
             return None
-        waiting = _in_transaction(session, streamables)
         txid = new_txid() if waiting is None else transactions.txid(waiting)
         self._later(waiting, name, encode_json(to_json_value(payload)), txid)
         return True
@@ -679,6 +686,7 @@ class AsyncDurableStreams(_Verbs):
         session: Any = None,
     ) -> str | None:
         """See `DurableStreams.broadcast_event_later_to`. Does no I/O on the event loop."""
+        streamables = flattened(streamables)
         return await self._later(
             lambda: self.sync.broadcast_event_later_to(
                 *streamables,
@@ -703,6 +711,7 @@ class AsyncDurableStreams(_Verbs):
 
     async def broadcast_later_to(self, /, *streamables: Streamable, session: Any = None, **payload: Any) -> bool | None:
         """See `DurableStreams.broadcast_later_to`."""
+        streamables = flattened(streamables)
         return await self._later(
             lambda: self.sync.broadcast_later_to(*streamables, session=session, **payload),
             _in_transaction(session, streamables),
@@ -902,5 +911,4 @@ __all__ = [
     "durable_streams_for",
     "intercepting",
     "is_default",
-    "session_of",
 ]

@@ -19,7 +19,7 @@ from .events import Operation
 from .names import GID, Streamable, gid_name, gid_of, stream_name_from
 from .suppression import is_suppressed, suppressing_streams
 from .transactions import may_do_io
-from .values import key_text, row_attributes, row_reader, to_json_value
+from .values import key_text, row_attributes, row_reader, row_value
 
 if TYPE_CHECKING:
     from .durable_streams import DurableStreams
@@ -170,17 +170,20 @@ class Broadcastable:
             self, *names, type=type, key=key, value=value, operation=operation, old_value=old_value
         )
 
-    def broadcast_to(self, *names: Streamable, **payload: Any) -> bool | None:
+    def broadcast_to(self, /, *names: Streamable, **payload: Any) -> bool | None:
         """Send the JSON object *payload* to the stream of this record and *names* below it, at once."""
         if is_suppressed(self.__class__):
             return None
         return _durable_streams(self).broadcast_to(self, *names, **payload)
 
-    def broadcast_later_to(self, *names: Streamable, **payload: Any) -> bool | None:
-        """Send the JSON object *payload* to the stream of this record and *names* below it, with the commit."""
+    def broadcast_later_to(self, /, *names: Streamable, session: Any = None, **payload: Any) -> bool | None:
+        """Send the JSON object *payload* to the stream of this record and *names* below it, with the commit.
+
+        That of its own session, or of *session*.
+        """
         if is_suppressed(self.__class__):
             return None
-        return _durable_streams(self).broadcast_later_to(self, *names, **payload)
+        return _durable_streams(self).broadcast_later_to(self, *names, session=session, **payload)
 
 
 def _durable_streams(record: Any) -> DurableStreams:
@@ -210,7 +213,7 @@ def _send(
         name,
         type=stream_type(cls),
         key=key_text(state.identity),
-        value=None if operation is Operation.DELETE else to_json_value(record.to_stream_value()),
+        value=None if operation is Operation.DELETE else row_value(record.to_stream_value()),
         operation=operation.value,
     )
 

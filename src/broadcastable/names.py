@@ -129,26 +129,39 @@ def stream_name_from(*streamables: Streamable, app: str | None = None) -> str:
             a first segment `__ds` (reserved by the protocol); more than 512 characters; or something that is no
             streamable, a set among them.
     """
-    name = "/".join(_parts(streamables, app))
+    name = "/".join(_part(each, app) for each in flattened(streamables))
     if name:
         validate_stream_name(name)
     return name
 
 
-def _parts(streamables: Iterable[Streamable], app: str | None) -> Iterator[str]:
+def _part(leaf: str | GID | object, app: str | None) -> str:
+    if isinstance(leaf, str | GID):
+        # A member of an Enum that is also a str gives its value here, as it does in a comparison.
+        return str.__str__(leaf) if isinstance(leaf, str) else str(leaf)
+    return str(gid_of(leaf, app=app))
+
+
+def flattened(streamables: Iterable[Streamable]) -> tuple[Streamable, ...]:
+    """The names, gids and records in *streamables*, in order, without the blanks: streamables once more.
+
+    What looks at streamables more than once looks at these: a generator can be gone through only once.
+
+    Raises:
+        InvalidStreamName: Something that is no streamable.
+    """
+    return tuple(_leaves(streamables))
+
+
+def _leaves(streamables: Iterable[Streamable]) -> Iterator[Streamable]:
     for streamable in streamables:
-        if streamable is None:
-            continue
-        if isinstance(streamable, str):
+        if streamable is None or isinstance(streamable, str):
             if streamable:
-                # A member of an Enum that is also a str gives its value here, as it does in a comparison.
-                yield str.__str__(streamable)
-        elif isinstance(streamable, GID):
-            yield str(streamable)
-        elif isinstance(sa.inspect(streamable, raiseerr=False), InstanceState):
-            yield str(gid_of(streamable, app=app))
+                yield streamable
+        elif isinstance(streamable, GID) or isinstance(sa.inspect(streamable, raiseerr=False), InstanceState):
+            yield streamable
         elif isinstance(streamable, Iterable) and not isinstance(streamable, _ORDERLESS):
-            yield from _parts(streamable, app)
+            yield from _leaves(streamable)
         else:
             raise InvalidStreamName(
                 f"{streamable!r} is no streamable. Give a persistent record, a plain name (str), or a sequence of those"

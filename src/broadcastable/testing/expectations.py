@@ -11,7 +11,7 @@ from sqlalchemy.orm import InstanceState
 
 from broadcastable.errors import BlankStreamables, UsageError
 from broadcastable.events import Operation
-from broadcastable.names import GID, Streamable, stream_name_from
+from broadcastable.names import GID, Streamable, flattened, stream_name_from
 from broadcastable.values import to_json_value
 
 from .broadcasts import Broadcast
@@ -43,17 +43,13 @@ def target_from(streamables: Sequence[Streamable], *, exact: bool) -> Target:
     """
     if not streamables:
         return Target(None)
-    name = stream_name_from(*streamables)
-    if not name:
+    leaves = flattened(streamables)
+    if not leaves:
         raise BlankStreamables("All streamables are blank. Name a stream, or give none at all to mean every stream")
-    return Target(name, beneath=not exact and _is_lone_record(streamables))
+    return Target(stream_name_from(*leaves), beneath=not exact and len(leaves) == 1 and _is_record(leaves[0]))
 
 
-def _is_lone_record(streamable: Streamable) -> bool:
-    while isinstance(streamable, Sequence) and not isinstance(streamable, str):
-        if len(streamable) != 1:
-            return False
-        streamable = streamable[0]
+def _is_record(streamable: Streamable) -> bool:
     return isinstance(streamable, GID) or isinstance(sa.inspect(streamable, raiseerr=False), InstanceState)
 
 
