@@ -61,7 +61,7 @@ def token(keys: KeyPair, *, kid: str | None = None, **changes: Any) -> str:
 
 def attacks(keys: KeyPair) -> Iterator[Attack]:
     """Every attack on a gate that verifies with *keys*, knows no audience, and guards `STREAM` among others."""
-    yield from _attacks_by_token(keys)
+    yield from attacks_by_token(keys)
     yield from _attacks_by_right(keys)
     yield from _attacks_by_path(keys)
     yield from _attacks_by_place(keys)
@@ -71,7 +71,8 @@ def _base64url(value: object) -> str:
     return jwt.utils.base64url_encode(json.dumps(value).encode()).decode()
 
 
-def _attacks_by_token(keys: KeyPair) -> Iterator[Attack]:
+def attacks_by_token(keys: KeyPair) -> Iterator[Attack]:
+    """Those that whoever verifies tokens refuses, whatever comes after."""
     now = int(time.time())
     good = token(keys)
     head, body, signature = good.split(".")
@@ -112,6 +113,7 @@ def _attacks_by_right(keys: KeyPair) -> Iterator[Attack]:
     yield Attack("permissions left out", 403, token(keys, permissions=None))
     yield Attack("permissions as a text", 403, token(keys, permissions="read"))
     yield Attack("permission of another name", 403, token(keys, permissions=["READ"]))
+    yield Attack("permission of no name on PUT", 403, token(keys, permissions=[None]), "PUT")
     yield Attack("server as a text", 403, token(keys, stream=None, server="true"))
     yield Attack("server as one", 403, token(keys, stream=None, server=1))
     yield Attack("no stream", 403, token(keys, stream=None))

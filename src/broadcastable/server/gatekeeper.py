@@ -26,6 +26,9 @@ _NEEDED: Final = {"GET": "read", "HEAD": "read", "POST": "write"}
 _READS: Final = frozenset({"GET", "HEAD"})
 _LAST_WORD_SECONDS: Final = 5.0
 
+MAX_BODY: Final = 8 << 20
+"""Bytes of the largest body of a request, unless said otherwise."""
+
 
 def permits(claims: Mapping[str, Any], method: str, stream: str, *, closing: bool = False) -> bool:
     """Whether *claims* allow *method* on *stream*.
@@ -39,7 +42,8 @@ def permits(claims: Mapping[str, Any], method: str, stream: str, *, closing: boo
     return (
         claims.get("stream") == stream
         and isinstance(permissions, list)
-        and _NEEDED.get(method) in permissions
+        and method in _NEEDED
+        and _NEEDED[method] in permissions
         and not closing
     )
 
@@ -67,7 +71,7 @@ class GatekeeperMiddleware:
         *,
         mount: str = "/v1/streams",
         allowed_origins: Iterable[str] = (),
-        max_body: int = 8 << 20,
+        max_body: int = MAX_BODY,
         remembered_tokens: int = 10_000,
     ) -> None:
         if not mount.startswith("/") or mount.endswith("/"):
