@@ -16,6 +16,7 @@ from broadcastable.errors import ConfigurationError
 from broadcastable.names import MAX_NAME_LENGTH
 from broadcastable.tokens import MAX_TOKEN_LENGTH
 
+from .gatekeeper import MAX_BODY
 from .origins import EXPOSED, PREFLIGHT_SECONDS, REQUEST_HEADERS, Origins
 
 MOUNT = "/v1/streams"
@@ -75,8 +76,8 @@ class CaddySite:
 def caddyfile(site: CaddySite, jwks: Mapping[str, Any]) -> str:
     """The Caddyfile of *site*, for tokens signed with a key in *jwks* (see `Gatekeeper.jwks`).
 
-    What it cannot do and the middleware does: end an event stream at the very moment its token expires (here it goes on
-    for up to a minute, `sse_reconnect_interval`), and bound the life that a token claims.
+    What the middleware does and this cannot, for want of it in the two modules, is in the documentation, page
+    Deployment. None of it lets anybody in without a token that our key has signed.
 
     Raises:
         ConfigurationError: No key, or a text that would break out of its place in the file.
@@ -147,6 +148,8 @@ def _route(site: CaddySite) -> str:
             _jwtauth(site),
             _NAMES,
             _RIGHTS,
+            _BODY,
+            _OUR_HEADERS,
             _durable_streams(site),
         )
         if part
@@ -161,15 +164,19 @@ def _cors(site: CaddySite) -> str:
     if not site.origins:
         return f"# No page of another origin may call: see `origins` in broadcastable.toml.\n{preflight}"
     everyone = "*" in site.origins
+    headers = f"""\
+header @page {{
+	Access-Control-Allow-Origin {_quoted("*" if everyone else "{http.request.header.Origin}")}
+	Access-Control-Expose-Headers {_quoted(EXPOSED)}"""
     let_in = "header Origin *" if everyone else "\n".join(f"header Origin {_quoted(each)}" for each in site.origins)
-    allowed = "*" if everyone else "{http.request.header.Origin}"
     return f"""\
 @page {{
 {_indented(let_in)}
 }}
-header @page {{
-	Access-Control-Allow-Origin {_quoted(allowed)}
-	Access-Control-Expose-Headers {_quoted(EXPOSED)}
+# Twice: at once, for the 401 of jwtauth, which takes no part in what is deferred; and over what durable_streams says.
+{headers}
+}}
+{headers}
 	defer
 }}
 header Vary Origin
@@ -262,6 +269,20 @@ _RIGHTS = f"""\
 	}}
 }}
 respond @refused 403"""
+
+
+_BODY = f"""\
+request_body {{
+	max_size {MAX_BODY >> 20}MiB
+}}"""
+# Deferred headers are set from the last in the file to the first, so what a page is told by the first is not deleted.
+_OUR_HEADERS = """\
+# durable_streams lets every page call, and shared caches keep what they would give to others without a token.
+header {
+	-Access-Control-*
+	Cache-Control public private
+	defer
+}"""
 
 
 def _durable_streams(site: CaddySite) -> str:
