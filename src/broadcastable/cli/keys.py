@@ -141,9 +141,7 @@ def _activate(files: _KeyFiles, settings: Settings) -> None:
     old_kid = _kid_in_use(files, settings)
     kid = kid_of(files.next)
     if not files.verify(kid).exists():
-        fail(
-            f"There is no {files.verify(kid)}, so no gate can know the next key. See what rotate says without --activate"
-        )
+        fail(f"There is no {files.verify(kid)}, so no gate can know the next key. First: broadcastable keys rotate")
     write_file(files.verify(old_kid), public_pem(files.signing), mode=0o644)
     write_file(files.public, public_pem(files.next), mode=0o644)
     files.next.replace(files.signing)
@@ -158,8 +156,8 @@ def _activate(files: _KeyFiles, settings: Settings) -> None:
         out.print()
     out.print(f"{step}. Restart the application and its workers: they sign with the new key from then on.")
     out.print(
-        f"{step + 1}. {life / 3600:g} hours later, the longest life of a token, delete {files.verify(old_kid)}, take it out "
-        "of\n   BROADCASTABLE_VERIFY_KEYS, make the Caddyfile again, and restart the stream servers."
+        f"{step + 1}. {life / 3600:g} hours later, the longest life of a token, delete {files.verify(old_kid)},\n"
+        "   take it out of BROADCASTABLE_VERIFY_KEYS, make the Caddyfile again, and restart the stream servers."
     )
 
 
