@@ -9,6 +9,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import dramatiq
@@ -35,7 +36,7 @@ SHUTDOWN_GRACE = 10.0
 class Relaying(Protocol):
     """What carries one stream's frames to the stream server: `Relay`."""
 
-    def deliver(self, stream: str) -> object: ...
+    def deliver(self, stream: str, *, give_way: Callable[[], bool] = ...) -> object: ...
 
 
 class TakesWakeups(Protocol):
@@ -118,7 +119,7 @@ class DeliveryMiddleware(dramatiq.Middleware):
                     queue,
                 )
                 continue
-            sweeper = Sweeper(durable_streams.outbox, durable_streams.relay.deliver)
+            sweeper = Sweeper(durable_streams.outbox, partial(durable_streams.relay.deliver, give_way=self.is_stopping))
             self._sweepers.append(sweeper)
             sweeper.start()
 
@@ -128,6 +129,7 @@ class DeliveryMiddleware(dramatiq.Middleware):
 
     def before_worker_shutdown(self, broker: dramatiq.Broker, worker: dramatiq.Worker) -> None:
         self._stopping.set()
+        low_latency.stop_fetching(broker)
         for sweeper in self._sweepers:
             sweeper.stop()
 
@@ -185,11 +187,11 @@ def deliver_streams(
     try:
         while (stream := errand.next_stream()) is not None:
             try:
-                durable_streams.relay.deliver(stream)
+                durable_streams.relay.deliver(stream, give_way=is_stopping)
             except Exception:  # of the store; the relay sees to the stream server's
                 log.warning("Stream %s could not be delivered; a sweeper finds it again", stream, exc_info=True)
             if is_stopping():
-                errand.pass_on()
+                errand.pass_on(stream)  # which has more, maybe, than one frame
     except Interrupt as interrupt:
         log.warning("Delivery was interrupted (%s); another worker goes on", type(interrupt).__name__)
         errand.pass_on()
@@ -220,9 +222,10 @@ class _Errand:
         with self._lock:
             return self._left.popleft() if self._left else None
 
-    def pass_on(self) -> None:
-        """Queue what is left for whoever is free. If the broker does not take it, it stays here."""
+    def pass_on(self, *begun: str) -> None:
+        """Queue *begun* and what is left for whoever is free. If the broker does not take it, it stays here."""
         with self._lock:
+            self._left.extendleft(begun)
             if not self._left:
                 return
             try:

@@ -68,6 +68,7 @@ def install(broker: Broker, queues: Collection[str] | None) -> bool:
     already = vars(broker).get("consume")
     if isinstance(already, _BlockingConsume):
         already.add(queues)
+        already.is_stopping = False
         return True
     missing = [part for part in _BROKER_PARTS if not hasattr(broker, part)]
     if missing:
@@ -76,6 +77,16 @@ def install(broker: Broker, queues: Collection[str] | None) -> bool:
     # On the instance: the class, and other brokers of the process, stay as they are.
     broker.consume = _BlockingConsume(broker, queues)  # type: ignore[method-assign]
     return True
+
+
+def stop_fetching(broker: Broker) -> None:
+    """The worker of *broker* shuts down: leave what comes to the others, and only keep its heart beating.
+
+    Dramatiq stops consumers after it has waited for the worker's threads, which may be at it for ten minutes.
+    """
+    consume = vars(broker).get("consume")
+    if isinstance(consume, _BlockingConsume):
+        consume.is_stopping = True
 
 
 def _warn(reason: str) -> None:
@@ -107,6 +118,7 @@ class _BlockingConsume:
         self._queues = None if queues is None else set(queues)
         self._lock = threading.Lock()
         self.is_aside = False
+        self.is_stopping = False
 
     def add(self, queues: Collection[str] | None) -> None:
         self._queues = None if queues is None or self._queues is None else self._queues | set(queues)
@@ -216,6 +228,9 @@ class BlockingConsumer(Consumer):
         self._client = _blocking_client(broker.client)
         self._key = f"{broker.namespace}:{stock.queue_name}"
         self._longest_wait = stock.timeout / 1000
+        # How many messages make this worker one that is busy, of twice as many places as it has threads. With more
+        # threads one message that came while nothing else did is no reason to wake another process.
+        self._busy_with = max(1, min(2, stock.prefetch // 2))
         self._heartbeat = min(HEARTBEAT, broker.heartbeat_timeout / 4000)
         self._maintenance_interval = broker.heartbeat_timeout / 4000
         # The same broker and worker to Redis, but each of its commands puts back what dead workers held.
@@ -251,13 +266,15 @@ class BlockingConsumer(Consumer):
     def _wait_and_fetch(self) -> bool:
         room = self._free_places()
         wait = min(self._longest_wait, self._until_beat(), self._until_eta())
-        if self._watch.is_ours and self._stock.outstanding_message_count > 1:
-            # One message that came while nothing else did is no reason to wake another process.
+        is_busy = self._stock.outstanding_message_count >= self._busy_with
+        if self._watch.is_ours and (is_busy or self._consume.is_stopping):
             self._asked(self._watch.pass_on)
-        if room <= 0:
+        if room <= 0 or self._consume.is_stopping:
             self._room.wait(wait)
             room = self._free_places()
         elif self._dry and not (wait > 0.0 and self._asked(lambda: self._watch.sees_message(wait))):
+            room = 0
+        if self._consume.is_stopping:
             room = 0
         if room > 0 or self._until_beat() <= 0.0:
             # A fetch of nothing is a heartbeat.

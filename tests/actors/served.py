@@ -25,7 +25,7 @@ class RecordingRelay:
         self.delivered: list[str] = []
         self.events: Counter[str] = Counter()
 
-    def deliver(self, stream: str) -> None:
+    def deliver(self, stream: str, *, give_way: Callable[[], bool] = lambda: False) -> None:
         self._before(stream)
         lease = None
         while True:
@@ -38,6 +38,8 @@ class RecordingRelay:
             self._outbox.ack(frame, offset=None)
             with self._lock:
                 self.events[stream] += len(frame.events)
+            if give_way():
+                break
         with self._lock:
             self.delivered.append(stream)
 

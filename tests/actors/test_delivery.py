@@ -141,7 +141,7 @@ def test_an_interrupted_delivery_passes_the_rest_on(
     assert dramatiq.Message.decode(data).args == (["b", "c"],)
 
 
-def test_shutdown_finishes_the_stream_at_hand_and_passes_the_rest_on(
+def test_shutdown_finishes_the_frame_at_hand_and_passes_the_rest_on(
     make_served: Callable[..., Served], redis_broker: RedisBroker, start_worker: Callable[..., dramatiq.Worker]
 ) -> None:
     begun, go_on = threading.Event(), threading.Event()
@@ -163,7 +163,7 @@ def test_shutdown_finishes_the_stream_at_hand_and_passes_the_rest_on(
     stopping.join()
     assert served.delivered() == ["a"]
     [left] = redis_broker.client.hvals("dramatiq:broadcastable.msgs")
-    assert dramatiq.Message.decode(left).args == (["b", "c"],)
+    assert dramatiq.Message.decode(left).args == (["a", "b", "c"],)
 
 
 def test_a_stopped_worker_leaves_no_thread_behind(

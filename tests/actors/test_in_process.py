@@ -126,7 +126,7 @@ def test_exit_does_not_wait_for_ever(tmp_path: Path) -> None:
         "served = Served(before=lambda stream: threading.Event().wait())\n"
         "served.commit('a')\n"
     )
-    assert took < 10
+    assert took < 30
 
 
 def test_exit_is_quick_when_there_is_nothing_to_wait_for() -> None:

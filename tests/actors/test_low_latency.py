@@ -476,29 +476,55 @@ def test_a_message_wakes_one_of_many_idle_workers(
     assert scripts() - before < 20 * 5
 
 
+@pytest.mark.parametrize(("prefetch", "busy_with"), [(10, 2), (2, 1), (1, 1)])
 def test_a_worker_that_is_busy_leaves_the_watch_to_an_idle_one(
     make_broker: Callable[..., RedisBroker],
     consume: Callable[..., Any],
     run_consumers: Callable[..., list[list[object]]],
     monkeypatch: pytest.MonkeyPatch,
+    prefetch: int,
+    busy_with: int,
 ) -> None:
+    """Prefetch is twice the worker's threads unless the operator chose; what it holds may be all that it can do."""
     monkeypatch.setattr(low_latency, "HEARTBEAT", 30.0)
     monkeypatch.setattr(low_latency, "WATCH_MARGIN", 60.0)
     broker = make_broker(heartbeat_timeout=120_000)
     install(broker, {"q"})
-    busy = consume(broker, prefetch=10, timeout=200)
+    busy = consume(broker, prefetch=prefetch, timeout=200)
     assert [next(busy), next(busy)] == [None, None]
     [idle] = run_consumers(1, prefetch=10)
     wait_until(lambda: blocked(broker) == 1)
-    send(broker, 1)
-    send(broker, 2)
-    held = [next(busy), next(busy)]
+    for number in range(busy_with):
+        send(broker, number)
+    held = [next(busy) for _ in range(busy_with)]
     assert all(held)
     assert next(busy) is None
     send(broker, 3)
     wait_until(lambda: idle == [3])
     for message in held:
         busy.ack(message)
+
+
+def test_a_worker_that_shuts_down_takes_nothing_more(
+    make_broker: Callable[..., RedisBroker],
+    consume: Callable[..., Any],
+    run_consumers: Callable[..., list[list[object]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its threads have ended, or are at the last thing they do; its consumer lives on for the heartbeat."""
+    monkeypatch.setattr(low_latency, "HEARTBEAT", 30.0)
+    monkeypatch.setattr(low_latency, "WATCH_MARGIN", 60.0)
+    broker = make_broker(heartbeat_timeout=120_000)
+    install(broker, {"q"})
+    ending = consume(broker, prefetch=10, timeout=200)
+    assert [next(ending), next(ending)] == [None, None]
+    [idle] = run_consumers(1, prefetch=10)
+    wait_until(lambda: blocked(broker) == 1)
+    low_latency.stop_fetching(broker)
+    send(broker, 1)
+    assert next(ending) is None
+    wait_until(lambda: idle == [1])
+    install(broker, {"q"})  # a worker boots again
 
 
 def test_the_watch_of_a_killed_worker_is_taken_over(
