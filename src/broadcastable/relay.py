@@ -21,6 +21,7 @@ from .circuit import FAILURES, PAUSE, Circuit
 from .client import StreamClient
 from .counters import counters
 from .errors import (
+    ConfigurationError,
     FrameTooLarge,
     ProducerFenced,
     ProducerGap,
@@ -40,7 +41,7 @@ from .outbox.steps import claim_or_finish
 from .protocol import BEGINNING, Created
 from .provisioner import StreamProvisioner, run
 from .settings import Settings, seconds
-from .tracing import append_span
+from .tracing import append_span, deliver_span
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,9 @@ BRIEF_RETRIES = 2
 
 LONGEST_DELAY = 5.0
 """Seconds, at most, between two deliveries of a stream whose server is away."""
+
+SAY_INTERVAL = 30.0
+"""Seconds between two lines in the log about settings with which nothing can be sent."""
 
 MOST_STEPS = 12
 """Requests about one frame in one delivery; a server that answers without end in riddles gets a pause."""
@@ -100,15 +104,20 @@ class Relay:
         # A little longer than one request: whoever still waits for an answer then has none to get.
         self._lease_for = seconds(settings.request_timeout) + 1.0
         self._circuits = [Circuit(url, patience=self._lease_for, clock=clock) for url in settings.server_urls]
+        self._clock = clock
+        self._say_unconfigured_at = clock()
         self._failures: dict[str, int] = {}
         self._failures_lock = threading.Lock()
 
-    def deliver(self, stream: str) -> bool:
+    def deliver(self, stream: str, *, give_way: Callable[[], bool] = lambda: False) -> bool:
         """Send everything that waits for *stream*, frame after frame.
 
-        Trouble with the stream server never raises: the stream is released for a later attempt, or parked. While its
-        server gives no answer at all, nothing is done: the stream is left to the sweeper.
+        Trouble with the stream server or the settings never raises: the stream is released for a later attempt, or
+        parked. While its server gives no answer at all, nothing is done: the stream is left to the sweeper.
         Safe to call at any time, from several workers at once, and after any crash.
+
+        Args:
+            give_way: Asked between two frames; when it says yes, the stream is released as it is.
 
         Returns:
             False when nothing was done because of the server.
@@ -118,20 +127,24 @@ class Relay:
         """
         with self._circuit_of(stream).attempt() as may_try:
             if may_try:
-                self._deliver(stream)
+                self._deliver(stream, give_way)
             return may_try
 
-    def _deliver(self, stream: str) -> None:
+    def _deliver(self, stream: str, give_way: Callable[[], bool]) -> None:
         frame = claim_or_finish(self._outbox, stream, lease_for=self._lease_for, lease=None)
         while frame is not None:
             delay: float | None = 0.0
             try:
-                delay, following = self._send(frame)
+                with deliver_span(frame):
+                    delay, following = self._send(frame)
             finally:
                 # Also when Dramatiq interrupts this thread: the next worker need not wait for the lease.
                 if delay is not None:
                     self._outbox.release(frame, delay=delay)
             frame = following
+            if frame is not None and give_way():
+                self._outbox.release(frame, delay=0.0)
+                return
 
     def _circuit_of(self, stream: str) -> Circuit:
         return self._circuits[shard_of(stream, len(self._circuits))]
@@ -155,6 +168,8 @@ class Relay:
             server.answered()
             # Our own keys or settings: parking every stream for that would be worse than waiting for the operator.
             return self._backoff(frame, error, None), None
+        except ConfigurationError as error:
+            return self._unconfigured(frame, error), None
         except (StreamClosed, StreamConflict, StreamRefused) as error:
             server.answered()
             log.error("Stream %s is parked with %d events: %s", frame.stream, len(frame.events), error)
@@ -175,7 +190,14 @@ class Relay:
         delay = max(min(LONGEST_DELAY, 0.25 * 2.0 ** min(failures, 10)) * random.uniform(0.5, 1.0), wanted or 0.0)
         return self._delayed(frame, error, delay, level=logging.WARNING if failures == 1 else logging.DEBUG)
 
-    def _delayed(self, frame: Frame, error: StreamError, delay: float, *, level: int = logging.DEBUG) -> float:
+    def _unconfigured(self, frame: Frame, error: ConfigurationError) -> float:
+        """Nothing of any stream can be sent before the operator has mended it, so one line is enough."""
+        if self._clock() >= self._say_unconfigured_at:
+            self._say_unconfigured_at = self._clock() + SAY_INTERVAL
+            log.error("Nothing can be delivered, and stream %s and others wait: %s", frame.stream, error)
+        return self._delayed(frame, error, LONGEST_DELAY * random.uniform(0.5, 1.0))
+
+    def _delayed(self, frame: Frame, error: Exception, delay: float, *, level: int = logging.DEBUG) -> float:
         counters.increment("deliveries_delayed")
         log.log(level, "Stream %s waits %.1f s: %s", frame.stream, delay, error)
         return delay

@@ -28,8 +28,11 @@ def current_trace() -> str | None:
 
 
 @contextmanager
-def append_span(frame: Frame) -> Iterator[None]:
-    """A span for one append of *frame*: a child of the first traced transaction in it, linked to the others."""
+def deliver_span(frame: Frame) -> Iterator[None]:
+    """A span for all that one delivery does about *frame*.
+
+    A child of the first traced transaction in it, linked to the others.
+    """
     if "opentelemetry.trace" not in sys.modules:
         yield
         return
@@ -37,17 +40,35 @@ def append_span(frame: Frame) -> Iterator[None]:
     origins = [_remote_context(batch.trace) for batch in frame.batches if batch.trace is not None]
     parent = trace.set_span_in_context(trace.NonRecordingSpan(origins[0])) if origins else None
     with trace.get_tracer(_NAME).start_as_current_span(
-        "broadcastable append",
+        "broadcastable deliver",
         context=parent,
-        kind=trace.SpanKind.PRODUCER,
+        kind=trace.SpanKind.CONSUMER,
         links=[trace.Link(origin) for origin in origins[1:]],
-        attributes={
-            "messaging.system": "durable-streams",
-            "messaging.destination.name": frame.stream,
-            "messaging.batch.message_count": len(frame.events),
-        },
+        attributes=_about(frame),
     ):
         yield
+
+
+@contextmanager
+def append_span(frame: Frame) -> Iterator[None]:
+    """A span for one append of *frame*, within that of its delivery."""
+    if "opentelemetry.trace" not in sys.modules:
+        yield
+        return
+    trace = _trace()
+    with trace.get_tracer(_NAME).start_as_current_span(
+        "broadcastable append", kind=trace.SpanKind.PRODUCER, attributes=_about(frame)
+    ):
+        yield
+
+
+def _about(frame: Frame) -> dict[str, str | int]:
+    """By OpenTelemetry's semantic conventions for messaging."""
+    return {
+        "messaging.system": "durable-streams",
+        "messaging.destination.name": frame.stream,
+        "messaging.batch.message_count": len(frame.events),
+    }
 
 
 def _trace() -> Any:

@@ -85,13 +85,16 @@ def test_a_trace_goes_from_the_transaction_through_the_worker_to_the_append(
         with tracer.start_as_current_span(name):
             outbox.put([Batch(stream="rooms/1", events=(b"{}",), txid=name)])
     relay.deliver("rooms/1")
-    first, second, append = exporter.get_finished_spans()
-    assert append.name == "broadcastable append"
+    first, second, append, deliver = exporter.get_finished_spans()
+    assert (deliver.name, append.name) == ("broadcastable deliver", "broadcastable append")
+    assert deliver.parent is not None
+    assert deliver.parent.span_id == first.context.span_id
+    assert [link.context.span_id for link in deliver.links] == [second.context.span_id]
     assert append.parent is not None
-    assert append.parent.span_id == first.context.span_id
-    assert [link.context.span_id for link in append.links] == [second.context.span_id]
-    assert append.attributes is not None
-    assert append.attributes["messaging.destination.name"] == "rooms/1"
+    assert append.parent.span_id == deliver.context.span_id
+    for span in (deliver, append):
+        assert span.attributes is not None
+        assert span.attributes["messaging.destination.name"] == "rooms/1"
     provider.shutdown()
 
 

@@ -60,6 +60,39 @@ def test_batches_leave_in_order_in_one_append(relay: Relay, outbox: MemoryOutbox
     assert not outbox.pending()
 
 
+def test_a_stream_that_never_runs_dry_gives_way_between_two_frames(
+    relay: Relay, outbox: MemoryOutbox, origin: Origin
+) -> None:
+    """A worker that shuts down must come to an end; whoever comes next finds the stream free."""
+    for n in range(3):
+        put(outbox, *range(100 * n, 100 * n + 100))
+    relay.deliver(ROOM, give_way=lambda: True)
+    assert numbers(origin) == list(range(100))
+    relay.deliver(ROOM)
+    assert numbers(origin) == list(range(300))
+    assert not outbox.pending()
+
+
+def test_without_a_key_everything_waits_and_one_line_says_why(
+    outbox: MemoryOutbox, origin: Origin, settings: Settings, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is the operator's to mend, and what is said a thousand times is read by nobody."""
+    without = settings.replace(signing_key=None)
+    client = StreamClient(without, Gatekeeper(without), transport=origin.transport())
+    relay = Relay(outbox, client, StreamProvisioner(without), without, clock=clock)
+    for n in range(50):
+        put(outbox, n, stream=f"rooms/{n}")
+        relay.deliver(f"rooms/{n}")
+    [line] = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "signing_key" in line.getMessage()
+    assert line.exc_info is None
+    assert len(outbox.pending()) == 50
+    clock.now += 30
+    relay.deliver("rooms/0")
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 2
+    client.close()
+
+
 def test_each_stream_numbers_its_own_frames(relay: Relay, outbox: MemoryOutbox, origin: Origin) -> None:
     for n in range(3):
         put(outbox, n)
