@@ -5,8 +5,7 @@ event of the unit of work. SQLAlchemy has a hook for some of them (`do_orm_execu
 SELECT of each session 5 % (measured), and the legacy methods have none. So the methods of `Session` themselves are
 wrapped: what is no DML of a model with streams passes through after one look.
 
-With "capture", the rows are read: before an UPDATE or DELETE (where they were, locked where the database can), and
-after an INSERT or UPDATE through RETURNING, else by primary key.
+With "capture", `bulk_rows` reads the rows before and after.
 """
 
 from __future__ import annotations
@@ -14,28 +13,23 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any, Final
 
 import sqlalchemy as sa
-from sqlalchemy.engine import IteratorResult, Result
-from sqlalchemy.engine.result import SimpleResultMetaData
+from sqlalchemy.engine import Result
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.sql import dml
+from sqlalchemy.sql.visitors import iterate
 
-from . import unsent
-from .completion import report_failure, select_rows
+from . import unsent, upserts
+from .bulk_rows import BulkRows, Call
 from .counters import counters
-from .declarations import PLAN_ATTRIBUTE, Plan, Route, plan_of_table
+from .declarations import PLAN_ATTRIBUTE, Plan, plan_of_table
 from .errors import BulkStatementError
-from .recording import NOWHERE, Recording, RecordView, notes_of
 from .suppression import is_suppressed
-from .transactions import Change, buffers_of
-from .values import Row, key_text
-
-Rows = dict[str, dict[str, Any]]
-"""Rows by the text of their primary key."""
+from .upserts import Conflicts
 
 
 class UncapturedBulkStatement(UserWarning):
@@ -45,27 +39,53 @@ class UncapturedBulkStatement(UserWarning):
 def _execute(original: Callable[..., Result[Any]], session: Session, statement: Any, *args: Any, **kwargs: Any) -> Any:
     plan = _plan_of(statement)
     if plan is None:
+        _note_hidden(session, statement)
         return original(session, statement, *args, **kwargs)
-    params = args[0] if args else kwargs.get("params")
-    policy = _policy(plan, statement, params, session)
-    if policy != "capture":
-        return original(session, statement, *args, **kwargs)
-    run = functools.partial(original, session)
+    call = Call(functools.partial(original, session), statement, args, kwargs)
+    _note_hidden(session, statement)
+    if _policy(plan, call, session) != "capture":
+        return call()
     if isinstance(statement, dml.Insert):
-        return _Bulk(session, plan).insert(run, statement, args, kwargs)
-    if isinstance(params, Sequence) and not isinstance(params, Mapping):
-        return _Bulk(session, plan).change_by_key(lambda: run(statement, *args, **kwargs), params)
-    return _Bulk(session, plan).change(run, statement, args, kwargs)
+        return _insert(session, plan, call)
+    rows = BulkRows(session, plan, call)
+    if call.names_rows_by_key:
+        return rows.change_by_key(call, call.params)
+    if isinstance(statement, dml.Delete):
+        return rows.change(call, returning=False)
+    returning = call.sets is None and _returns_updated(plan, _dialect(session, plan, call))
+    return rows.change(call, returning=returning, moves_keys=_sets_a_key(plan, call))
+
+
+def _insert(session: Session, plan: Plan, call: Call) -> Any:
+    rows = BulkRows(session, plan, call)
+    if _result_tells_key(call):
+        result = rows.insert(call)
+        if any(part is None for part in result.inserted_primary_key):  # type: ignore[attr-defined]
+            _warn_uncaptured(plan, call, "its primary key is an SQL expression, and the database does not tell it")
+        return result
+    conflicts: Conflicts | None = {}
+    if upserts.changes_rows(call.statement):
+        conflicts = upserts.conflicts_of(call.statement, call.params, plan.mapper)
+        if conflicts is None:
+            _warn_uncaptured(
+                plan,
+                call,
+                "its parameters do not tell which rows it changes: they are sent as updates where they are now, and a "
+                "stream that they have left keeps them",
+            )
+    return rows.insert_returning(call, conflicts)
 
 
 def _scalars(original: Callable[..., Any], session: Session, statement: Any, *args: Any, **kwargs: Any) -> Any:
     if _plan_of(statement) is None:
+        _note_hidden(session, statement)
         return original(session, statement, *args, **kwargs)
     return session.execute(statement, *args, **kwargs).scalars()
 
 
 def _scalar(original: Callable[..., Any], session: Session, statement: Any, *args: Any, **kwargs: Any) -> Any:
     if _plan_of(statement) is None:
+        _note_hidden(session, statement)
         return original(session, statement, *args, **kwargs)
     return session.execute(statement, *args, **kwargs).scalar()
 
@@ -79,24 +99,24 @@ def _bulk_insert_mappings(
     render_nulls: bool = False,
 ) -> None:
     plan = _plan_of_class(mapper)
-    if plan is None or _policy(plan, "bulk_insert_mappings", None, session) != "capture":
+    if plan is None or _policy(plan, "bulk_insert_mappings", session) != "capture":
         original(session, mapper, mappings, return_defaults, render_nulls)
         return
     written = list(mappings)
     original(session, mapper, written, True, render_nulls)  # with defaults: how else to know the keys
-    bulk = _Bulk(session, plan)
-    bulk.record({}, bulk.read([tuple(each[name] for name in plan.key) for each in written]))
+    rows = BulkRows(session, plan)
+    rows.record({}, rows.read([tuple(each[name] for name in plan.key) for each in written], lock=False))
 
 
 def _bulk_update_mappings(
     original: Callable[..., None], session: Session, mapper: Any, mappings: Iterable[dict[str, Any]]
 ) -> None:
     plan = _plan_of_class(mapper)
-    if plan is None or _policy(plan, "bulk_update_mappings", None, session) != "capture":
+    if plan is None or _policy(plan, "bulk_update_mappings", session) != "capture":
         original(session, mapper, mappings)
         return
     written = list(mappings)
-    _Bulk(session, plan).change_by_key(lambda: original(session, mapper, written), written)
+    BulkRows(session, plan).change_by_key(lambda: original(session, mapper, written), written)
 
 
 def _bulk_save_objects(
@@ -109,16 +129,19 @@ def _bulk_save_objects(
 ) -> None:
     saved = list(objects)
     plans = {plan for each in saved if (plan := _plan_of_class(type(each))) is not None}
-    captured = [plan for plan in plans if _policy(plan, "bulk_save_objects", None, session) == "capture"]
+    captured = [plan for plan in plans if _policy(plan, "bulk_save_objects", session) == "capture"]
     work = []
     for plan in captured:
         states = [sa.inspect(each) for each in saved if type(each) is plan.mapper.class_]
-        bulk = _Bulk(session, plan)
-        work.append((bulk, states, bulk.read([state.key[1] for state in states if state.key is not None])))
+        rows = BulkRows(session, plan)
+        work.append((plan, rows, states, rows.read([state.key[1] for state in states if state.key is not None])))
     original(session, saved, return_defaults or bool(work), update_changed_only, preserve_order)
-    for bulk, states, before in work:
-        identities = [tuple(state.dict.get(name) for name in bulk.plan.key) for state in states]
-        bulk.record(before, bulk.read(identities))
+    for plan, rows, states, before in work:
+        rows.record(before, rows.read([_identity(plan, state) for state in states]))
+
+
+def _identity(plan: Plan, state: Any) -> tuple[Any, ...]:
+    return tuple(state.key[1] if state.key is not None else (state.dict.get(name) for name in plan.key))
 
 
 # What a statement is about, and what is to be done about it
@@ -143,60 +166,121 @@ def _plan_of_class(entity: Any) -> Plan | None:
     return plan
 
 
-def _policy(plan: Plan, statement: Any, params: Any, session: Session) -> str:
+def _policy(plan: Plan, call: Call | str, session: Session) -> str:
+    """What is to be done about *call*, or about the method of that name: "ignore", "warn" (it has warned) or "capture".
+
+    Raises:
+        BulkStatementError: The model refuses it.
+    """
     cls = plan.mapper.class_
     policy: str = cls.__stream_bulk__
     if policy == "ignore" or is_suppressed(cls):
         return "ignore"
     why = 'its __stream_bulk__ is not "capture"'
     if policy == "capture":
-        why = _obstacle(plan, statement, params, session)
+        why = _obstacle(plan, call, session)
         if not why:
             return "capture"
-        policy = "warn"
-    name = statement if isinstance(statement, str) else type(statement).__name__.lower()
-    message = (
-        f"A bulk {name} of {plan.name} passes the unit of work, and no reader of its streams hears of it ({why}). Set "
-        f'{plan.name}.__stream_bulk__ to "capture", change the records one by one, or say "ignore"'
-    )
     if policy == "raise":
-        raise BulkStatementError(message)
-    counters.increment("bulk_statements_uncaptured")
-    if unsent.listeners:
-        unsent.note(unsent.Reason.BULK, model=plan.name)
-    _warn(message)
+        raise BulkStatementError(_message(plan, call, why))
+    _warn_uncaptured(plan, call, why)
     return "warn"
 
 
-def _obstacle(plan: Plan, statement: Any, params: Any, session: Session) -> str:
-    """Why *statement* cannot be captured; empty when it can."""
+def _message(plan: Plan, call: Call | str, why: str) -> str:
+    name = call if isinstance(call, str) else type(call.statement).__name__.lower()
+    return (
+        f"A bulk {name} of {plan.name} passes the unit of work, and no reader of its streams hears of it ({why}). Set "
+        f'{plan.name}.__stream_bulk__ to "capture", change the records one by one, or say "ignore"'
+    )
+
+
+def _warn_uncaptured(plan: Plan, call: Call | str, why: str) -> None:
+    counters.increment("bulk_statements_uncaptured")
+    if unsent.listeners:
+        unsent.note(unsent.Reason.BULK, model=plan.name)
+    _warn(_message(plan, call, why))
+
+
+def _obstacle(plan: Plan, call: Call | str, session: Session) -> str:
+    """Why it cannot be captured; empty when it can."""
     if plan.mapper.polymorphic_on is not None and len(list(plan.mapper.self_and_descendants)) > 1:
         return "its rows may be of several classes; name the subclass"
-    if isinstance(statement, dml.Update) and not _returns_updated(plan, session) and _sets_a_key(plan, statement):
-        return "it changes primary keys, and the new ones are not returned"
-    if not isinstance(statement, dml.Insert):
+    if isinstance(call, str):
         return ""
-    dialect = session.get_bind(plan.mapper).dialect
+    if isinstance(call.statement, dml.Insert):
+        return _obstacle_to_insert(plan, call, session)
+    where = call.statement.whereclause
+    if where is not None and any(getattr(each, "is_dml", False) for each in iterate(where)):
+        return "its WHERE clause changes rows itself, so it cannot be asked beforehand which rows it means"
+    returning = call.sets is None and _returns_updated(plan, _dialect(session, plan, call))
+    if isinstance(call.statement, dml.Update) and not returning and _sets_a_key(plan, call):
+        return "it changes primary keys, and the new ones are not returned"
+    return ""
+
+
+def _obstacle_to_insert(plan: Plan, call: Call, session: Session) -> str:
     if len(plan.mapper.tables) > 1:
         return "an INSERT into the tables of joined inheritance returns no rows"
-    many = isinstance(params, Sequence) and not isinstance(params, Mapping)
-    single = not many and not statement._multi_values and statement.select is None and not statement._returning
-    if single:
+    dialect = _dialect(session, plan, call)
+    if _result_tells_key(call):
         return ""
-    if not dialect.insert_returning or (many and not dialect.insert_executemany_returning):
+    if not dialect.insert_returning or (call.sets is not None and not dialect.insert_executemany_returning):
         return f"{dialect.name} has no RETURNING for it"
     return ""
 
 
-def _returns_updated(plan: Plan, session: Session) -> bool:
-    return session.get_bind(plan.mapper).dialect.update_returning and len(plan.mapper.tables) == 1
+def _result_tells_key(call: Call) -> bool:
+    """Whether the result of this INSERT has the primary key of its one row."""
+    insert = call.statement
+    if call.sets is not None or insert._multi_values or insert.select is not None:
+        return False
+    return not (insert._returning or insert._inline or upserts.changes_rows(insert) or upserts.skips_rows(insert))
 
 
-def _sets_a_key(plan: Plan, statement: dml.Update) -> bool:
+def _dialect(session: Session, plan: Plan, call: Call) -> sa.Dialect:
+    arguments = call.bind_arguments(plan)
+    bind = arguments.pop("bind", None) or session.get_bind(**arguments)
+    return bind.dialect
+
+
+def _returns_updated(plan: Plan, dialect: sa.Dialect) -> bool:
+    return dialect.update_returning and len(plan.mapper.tables) == 1
+
+
+def _sets_a_key(plan: Plan, call: Call) -> bool:
+    if call.names_rows_by_key:
+        return False
+    statement = call.statement
     # SQLAlchemy 2.0 keeps ordered values apart.
-    values = dict(getattr(statement, "_ordered_values", None) or statement._values or {})
+    values = {*dict(getattr(statement, "_ordered_values", None) or statement._values or {})}
+    for given in call.sets or [call.params or {}]:
+        values |= given.keys()  # columns that the statement itself does not name
     names = {column if isinstance(column, str) else column.key for column in values}
     return not names.isdisjoint({*plan.key, *(column.key for column in plan.mapper.primary_key)})
+
+
+def _note_hidden(session: Session, statement: Any) -> None:
+    """Look for an UPDATE or the like inside a CTE, where a look costs next to nothing: each SELECT comes here."""
+    ctes = getattr(statement, "_independent_ctes", ())
+    for column in getattr(statement, "_raw_columns", ()):
+        if isinstance(table := getattr(column, "table", column), sa.CTE):
+            ctes = (*ctes, table)
+    for cte in dict.fromkeys(ctes):
+        plan = _plan_of(cte.element)
+        if plan is not None:
+            _refuse_hidden(plan, cte.element, session)
+
+
+def _refuse_hidden(plan: Plan, statement: Any, session: Session) -> None:
+    cls = plan.mapper.class_
+    if cls.__stream_bulk__ == "ignore" or is_suppressed(cls):
+        return
+    call = Call(session.execute, statement)
+    why = "it is inside a CTE"
+    if cls.__stream_bulk__ == "raise":
+        raise BulkStatementError(_message(plan, call, why))
+    _warn_uncaptured(plan, call, why)
 
 
 def _warn(message: str) -> None:
@@ -232,144 +316,6 @@ def _application_frame() -> FrameType | None:
         asked_parent = True
         parent = sys.modules["greenlet"].getcurrent().parent
         frame = None if parent is None else parent.gr_frame
-
-
-# Capture
-
-
-class _Bulk:
-    """The rows of one bulk statement."""
-
-    def __init__(self, session: Session, plan: Plan) -> None:
-        self.plan = plan
-        self._session = session
-
-    def insert(
-        self, run: Callable[..., Any], statement: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Result[Any]:
-        """Run an INSERT and record the new rows."""
-        params = args[0] if args else kwargs.get("params")
-        single = params is None or isinstance(params, Mapping)
-        upsert = getattr(statement, "_post_values_clause", None) is not None
-        if single and not (statement._multi_values or statement.select is not None or statement._returning or upsert):
-            # Its result tells the key, which that of an INSERT with RETURNING would not.
-            plain: Result[Any] = run(statement, *args, **kwargs)
-            self.record({}, self.read([tuple(plain.inserted_primary_key)]))  # type: ignore[attr-defined]
-            return plain
-        result, rows = self._returning(run, statement, args, kwargs)
-        # ON CONFLICT: whether a row was there before is not told, and an update is right in either case.
-        self.record(rows if upsert else {}, rows)
-        return result
-
-    def change(
-        self, run: Callable[..., Any], statement: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Result[Any]:
-        """Run an UPDATE or DELETE with a WHERE clause."""
-        plan = self.plan
-        cls = plan.mapper.class_
-        wanted = sa.select(*(getattr(cls, name).label(f"c{index}") for index, name in enumerate(plan.names)))
-        if statement.whereclause is not None:
-            wanted = wanted.where(statement.whereclause)
-        options = {"populate_existing": False}
-        found = run(wanted.with_for_update(), *args, execution_options=options, **_without_options(kwargs))
-        before = self._by_key(dict(zip(plan.names, values, strict=True)) for values in found)
-        if isinstance(statement, dml.Delete):
-            deleted: Result[Any] = run(statement, *args, **kwargs)
-            self.record(before, {})
-            return deleted
-        result: Result[Any]
-        if _returns_updated(plan, self._session):
-            result, after = self._returning(run, statement, args, kwargs)
-        else:
-            result = run(statement, *args, **kwargs)
-            after = self.read([self._identity(row) for row in before.values()])
-        self.record(before, after)
-        return result
-
-    def change_by_key(self, run: Callable[[], Any], parameters: Sequence[Any]) -> Any:
-        """Run an UPDATE whose parameter sets name the rows by primary key."""
-        identities = [tuple(each[name] for name in self.plan.key) for each in parameters]
-        before = self.read(identities)
-        result = run()
-        self.record(before, self.read(identities))
-        return result
-
-    def read(self, identities: Sequence[Sequence[Any]]) -> Rows:
-        """The rows with these primary keys, as they are now in this transaction."""
-        if not identities:
-            return {}
-        plan = self.plan
-        connection = self._session.connection(bind_arguments={"mapper": plan.mapper})
-        return select_rows(connection, plan.mapper, plan.names, plan.key, identities)
-
-    def _returning(
-        self, run: Callable[..., Any], statement: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Result[Any], Rows]:
-        plan = self.plan
-        columns = [plan.mapper.attrs[name].columns[0] for name in plan.names]
-        own = bool(statement._returning)
-        result = run(statement.returning(*columns), *args, **kwargs)
-        found = result.all()
-        rows = self._by_key(dict(zip(plan.names, values[-len(columns) :], strict=True)) for values in found)
-        if not own:
-            # What the ORM wraps in rows of its own has the cursor's result inside. Some drivers count rows only as they
-            # are fetched, which SQLAlchemy does not wait for.
-            plain = getattr(result, "raw", result)
-            plain.rowcount = len(found)
-            return plain, rows
-        keys = list(result.keys())[: -len(columns)]
-        asked_for = [tuple(values[: -len(columns)]) for values in found]
-        return IteratorResult(SimpleResultMetaData(keys), iter(asked_for)), rows
-
-    def _by_key(self, rows: Iterable[dict[str, Any]]) -> Rows:
-        return {key_text(self._identity(row)): row for row in rows}
-
-    def _identity(self, row: Row) -> tuple[Any, ...]:
-        return tuple(row[name] for name in self.plan.key)
-
-    def record(self, before: Rows, after: Rows) -> None:
-        """Note that the rows *before* became the rows *after*. Never raises."""
-        buffers = buffers_of(self._session)
-        level = buffers.level(self._session)
-        level.mapper = level.mapper or self.plan.mapper
-        recording = Recording(self._session, notes_of(buffers), level, buffers.delivery_for(self._session))
-        unchanged = {
-            key for key in before.keys() & after.keys() if before[key] is not after[key] and before[key] == after[key]
-        }
-        for route in self.plan.routes:
-            failures = 0
-            for rows, note in ((before, _leaves), (after, _arrives)):
-                for key, row in rows.items():
-                    if key in unchanged:
-                        continue
-                    try:
-                        note(recording, route, row)
-                    except Exception as error:
-                        report_failure(self.plan.name, key, route, error, first=not failures)
-                        failures += 1
-
-
-def _leaves(recording: Recording, route: Route, row: dict[str, Any]) -> None:
-    handle, entity = recording.place(route, RecordView(route.plan, row), row)
-    if handle is not NOWHERE:
-        recording.add(route, handle, entity, (True, False, None, recording.old_value(route, row), route.on))
-
-
-def _arrives(recording: Recording, route: Route, row: dict[str, Any]) -> None:
-    view = RecordView(route.plan, row)
-    handle, entity = recording.place(route, view, row)
-    if handle is NOWHERE:
-        return
-    if route.value_of is not None:
-        value = route.value_of(view, row, recording.keys_as_strings)
-    else:
-        value = route.plan.reader(keys_as_strings=recording.keys_as_strings)(row)
-    change: Change = (False, True, route.encode(entity[1], value), None, route.on)
-    recording.add(route, handle, entity, change)
-
-
-def _without_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name == "bind_arguments" or name == "params"}
 
 
 # Hooks

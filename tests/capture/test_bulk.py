@@ -142,7 +142,7 @@ def test_keys_changed_in_bulk_are_deletes_and_inserts_where_the_database_returns
     ]
 
 
-def test_an_upsert_is_sent_as_an_update(session: Session, recorder: Recorder) -> None:
+def test_an_upsert_is_sent_as_what_it_does_to_each_row(session: Session, recorder: Recorder) -> None:
     rows = [{"id": key, "title": "new", "board_id": 1} for key in (1, 9)]
     if session.get_bind().dialect.name == "mysql":
         on_duplicate = mysql.insert(Card).values(rows)
@@ -153,7 +153,7 @@ def test_an_upsert_is_sent_as_an_update(session: Session, recorder: Recorder) ->
         statement = on_conflict.on_conflict_do_update(index_elements=["id"], set_={"title": on_conflict.excluded.title})
         session.execute(statement)
     session.commit()
-    assert sorted(recorder.by_stream()[CARDS_1]) == [("update", "1"), ("update", "9")]
+    assert sorted(recorder.by_stream()[CARDS_1]) == [("insert", "9"), ("update", "1")]
 
 
 def test_nothing_is_captured_of_a_statement_that_fails(session: Session, recorder: Recorder) -> None:
