@@ -166,15 +166,33 @@ def read_page(response: StreamResponse, stream: str) -> ReadPage:
     Raises:
         StreamNotFound: No such stream, or the offset is older than what is retained (410).
         StreamRefused: The offset is not one of this stream.
+        StreamError: What the stream holds is no JSON.
     """
     if response.status in {200, 204}:
-        events = msgspec.json.decode(response.body, type=tuple[msgspec.Raw, ...]) if response.body else ()
+        try:
+            events = msgspec.json.decode(response.body, type=tuple[msgspec.Raw, ...]) if response.body else ()
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise errors.StreamError(
+                f"Stream {stream!r} holds something that is no JSON array of events ({error}). Who else writes to it? "
+                "Delete it, and have it made again",
+                stream=stream,
+                status=response.status,
+            ) from error
         return ReadPage(
             tuple(bytes(event) for event in events),
             response.headers["Stream-Next-Offset"],
             response.headers.get("Stream-Up-To-Date", "").lower() == "true",
         )
     raise error_for(response, stream)
+
+
+def is_json(body: bytes) -> bool:
+    """Whether *body* is JSON that every reader can parse (RFC 8259): no NaN, no number without bounds, whole text."""
+    try:
+        msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return True
 
 
 def delete_request(stream: str) -> StreamRequest:

@@ -125,6 +125,17 @@ def test_every_refusal_has_a_name_for_every_operation(
     assert raised.value.retryable is (status == 429 or status >= 500)
 
 
+@pytest.mark.parametrize("body", [b"[NaN]", b"{}", b"[1,", b"[" * 100_000 + b"]" * 100_000])
+def test_a_stream_that_holds_no_json_is_a_stream_error(settings: Settings, body: bytes) -> None:
+    """Another writer's server may be less strict than ours; its readers catch one family of errors."""
+    headers = {"Stream-Next-Offset": "1"}
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, headers=headers, content=body))
+    with_it = StreamClient(settings, Gatekeeper(settings), transport=transport)
+    with pytest.raises(errors.StreamError, match="no JSON array") as raised:
+        with_it.read(ROOM)
+    assert (raised.value.stream, raised.value.retryable) == (ROOM, False)
+
+
 def test_a_repeatable_request_is_sent_again(client: StreamClient, origin: Origin) -> None:
     client.create(ROOM)
     origin.faults.extend([lose_answer, answer(503)])

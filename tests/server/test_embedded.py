@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -115,6 +116,53 @@ def test_what_a_server_refuses_has_its_status(owner: Owner) -> None:
     assert owner.post("smoke/json", content=b"[]").status_code == 400
     assert owner.patch("smoke/json").status_code == 405
     assert owner.get("smoke/json", params={"live": "sse"}).status_code == 400
+
+
+NOT_JSON = {
+    "NaN": b"NaN",
+    "infinity": b'{"a":Infinity}',
+    "beyond a double": b"[1e999]",
+    "a number of 5,000 digits": b"[1" + b"0" * 5_000 + b"]",
+    "lone surrogate": b'"\\ud800"',
+    "not UTF-8": b'["\xff"]',
+    "byte order mark": b"\xef\xbb\xbf[1]",
+    "nested without end": b"[" * 100_000 + b"]" * 100_000,
+}
+
+
+@pytest.mark.parametrize("declared", ["application/json", "Application/JSON; charset=utf-8"])
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+@pytest.mark.parametrize("body", NOT_JSON.values(), ids=NOT_JSON)
+def test_what_is_not_json_is_400_and_never_reaches_a_reader(
+    owner: Owner, body: bytes, method: str, declared: str
+) -> None:
+    """Python's own parser takes much of this, and then no browser can parse the stream any more."""
+    name = f"strict/{uuid.uuid4()}"
+    if method == "POST":
+        owner.put(name)
+        owner.post(name, content=b'["before"]')
+    response = owner.request(method, name, content=body, headers={"Content-Type": declared})
+    assert response.status_code == 400
+    if method == "POST":
+        assert owner.get(name).content == b'["before"]'
+    else:
+        assert owner.get(name).status_code == 404
+
+
+def test_however_deep_a_body_is_nested_the_answer_is_no_500(owner: Owner) -> None:
+    owner.put("strict/deep")
+    statuses = [
+        owner.post("strict/deep", content=b"[" * depth + b"]" * depth).status_code for depth in range(400, 1_100, 10)
+    ]
+    assert statuses == sorted(statuses)
+    assert set(statuses) == {204, 400}
+
+
+def test_a_body_that_is_not_declared_as_json_is_any_bytes(owner: Owner) -> None:
+    declared = {"Content-Type": "application/octet-stream"}
+    owner.put("strict/bytes", headers=declared)
+    assert owner.post("strict/bytes", content=b"NaN\xff", headers=declared).status_code == 204
+    assert owner.get("strict/bytes").content == b"NaN\xff"
 
 
 def test_a_body_over_the_limit_is_413_with_a_length_and_in_chunks(owner: Owner) -> None:

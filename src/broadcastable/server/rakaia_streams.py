@@ -20,6 +20,7 @@ from rakaia.store import StreamStore
 from broadcastable.errors import ConfigurationError
 
 from .asgi import App, Message, Receive, Scope, Send
+from .strict_json import with_strict_json
 
 # Also the pause after which a silent SSE response says that it lives; proxies give up after 60 s or so.
 _LONG_POLL_SECONDS = 15.0
@@ -116,7 +117,7 @@ def rakaia_app(data_dir: Path | None = None) -> App:
 
         await app({**scope, "path": _directory_for(path) if on_disk else path}, receive, say_where)
 
-    return with_the_path_as_sent
+    return with_strict_json(with_the_path_as_sent)
 
 
 def _file_store(data_dir: Path) -> FileStore:
