@@ -32,7 +32,6 @@ NOT_RUN = {
     "comparison.md": "a table of libraries",
     "delivery.md": "tables of what a crash does; tests/outbox and tests/chaos cause them",
     "deployment.md": "unit files and compose files; examples/ and tests/caddy run what they describe",
-    "index.md": "one class of the chat, which the quickstart runs whole",
     "migration.md": "tables of what maps to what",
     "scale.md": "figures and their commands",
     "servers.md": "a table of what was measured",

@@ -227,6 +227,64 @@ def test_a_token_that_goes_on_being_refused_is_not_asked_for_in_a_hot_loop(page:
     assert "offline: answered 401" in seen["states"]
 
 
+@pytest.mark.parametrize("given", ['{ detail: "Forbidden" }', '{ token: "" }', "undefined", '""'])
+def test_an_answer_without_a_token_is_no_token(page: Page, given: str) -> None:
+    """The JSON of an error, most likely: said to be a fault, and no request goes out without the promised token."""
+    seen = script(
+        page,
+        f"""
+        let asked = 0;
+        const {{ seen, until }} = await play(
+          [status(401), status(401), status(401), sse([data(event(1)) + control("0_1")])],
+          {{ refreshToken: async () => (asked++ < 2 ? {given} : "new") }},
+          {{ offset: "0_0", url: "http://server/stream", token: "old" }},
+        );
+        await until(() => seen.events.length === 1);
+        return seen;
+        """,
+    )
+    assert [each["authorization"] for each in seen["requests"]] == [
+        "Bearer old",
+        "Bearer old",
+        "Bearer old",
+        "Bearer new",
+    ]
+    assert set(seen["states"][1:-1]) == {"offline: no token given"}
+
+
+@pytest.mark.parametrize("snapshot", ["null", "START"])
+def test_a_reader_that_gets_no_snapshot_any_more_is_told_so(page: Page, snapshot: str) -> None:
+    """`refreshSnapshot` that gives null ends it, at the start and after the stream was lost."""
+    seen = script(
+        page,
+        f"""
+        let asked = 0;
+        const {{ seen, until }} = await play(
+          [status(404)], {{ refreshSnapshot: async () => {{ asked += 1; return null; }} }}, {snapshot});
+        await until(() => seen.states.at(-1).startsWith("gone"));
+        await new Promise((resolve) => setTimeout(resolve, 100));
+        return [seen.states, asked];
+        """,
+    )
+    assert seen == [["connecting", "gone: forbidden"], 1]
+
+
+def test_what_is_no_snapshot_is_not_taken_for_one(page: Page) -> None:
+    """The JSON of an error again: a fault that is tried again, and at once the caller's where the caller has it."""
+    seen = script(
+        page,
+        """
+        const refreshSnapshot = async () => (asked++ === 0 ? { detail: "Forbidden" } : START);
+        let asked = 0, refused;
+        const { seen, until } = await play([sse([control("0_1")])], { refreshSnapshot }, null);
+        await until(() => seen.states.at(-1) === "live");
+        try { follow({ detail: "Forbidden" }, { refreshSnapshot }); } catch (error) { refused = error.name; }
+        return [seen.states, seen.requests.length, refused];
+        """,
+    )
+    assert seen == [["connecting", "offline: no snapshot given", "behind: no snapshot yet", "live"], 1, "TypeError"]
+
+
 @pytest.mark.parametrize(
     ("answers", "end"),
     [
@@ -250,6 +308,39 @@ def test_what_is_over_is_said_to_be_over(page: Page, answers: str, end: str) -> 
         """,
     )
     assert seen == [end, 0]
+
+
+MADE_ANEW = """sse([data(event(1)) + control("0000000000000001_0000000000000200")])"""
+
+
+def test_a_stream_that_was_made_anew_is_noticed_by_its_offsets(page: Page) -> None:
+    """Past ours, but of another life of the stream: what is on the page need not be on it."""
+    seen = script(
+        page,
+        f"""
+        const start = {{ ...START, offset: "0000000000000000_0000000000000100" }};
+        const again = {{ ...START, events: [event(7)], offset: "0000000000000001_0000000000000300" }};
+        const {{ seen, until }} = await play(
+          [{MADE_ANEW}, sse([data(event(8)) + control("0000000000000001_0000000000000400")])],
+          {{ refreshSnapshot: async () => again }}, start);
+        await until(() => seen.events.length === 1);
+        return [seen.snapshots, seen.events, seen.requests.map((each) => each.offset)];
+        """,
+    )
+    assert seen == [2, ["8"], ["0000000000000000_0000000000000100", "0000000000000001_0000000000000300"]]
+
+
+def test_a_stream_that_was_made_anew_ends_the_reader_who_has_no_snapshot(page: Page) -> None:
+    seen = script(
+        page,
+        f"""
+        const start = {{ ...START, offset: "0000000000000000_0000000000000100" }};
+        const {{ seen, until }} = await play([{MADE_ANEW}], {{}}, start);
+        await until(() => seen.states.at(-1).startsWith("gone"));
+        return [seen.states.at(-1), seen.events];
+        """,
+    )
+    assert seen == ["gone: made anew", []]
 
 
 @pytest.mark.parametrize("answer", ["status(404)", 'sse([control("-1")])'])

@@ -3,12 +3,20 @@
  *
  *     import { Rows, follow } from "./broadcastable.js";
  *
+ *     async function load(path) {
+ *       const response = await fetch(path);
+ *       if (response.status === 403) return null; // no longer welcome: following ends
+ *       if (!response.ok) throw new Error(`${path}: ${response.status}`); // anything else is tried again
+ *       return response.json();
+ *     }
+ *
  *     const rows = new Rows();
- *     const subscription = follow(await (await fetch("/rooms/1/snapshot")).json(), {
+ *     const subscription = follow(null, {
  *       onSnapshot: (events) => { rows.clear(); rows.apply(events); draw(); },
  *       onEvents: (events) => { rows.apply(events); draw(); },
  *       onState: ({ state }) => { badge.textContent = state; },
- *       refreshToken: async () => (await (await fetch("/rooms/1/token")).json()).token,
+ *       refreshSnapshot: () => load("/rooms/1/snapshot"),
+ *       refreshToken: () => load("/rooms/1/token"),
  *     });
  *
  * The promise: an event is handed over together with the offset after it, or not at all. Whatever happens in between
@@ -42,7 +50,8 @@
  * - `live`: everything that the server has is on the page.
  * - `behind`: connected, and reading what was missed.
  * - `offline`: no connection; another attempt follows by itself in `retryIn` milliseconds.
- * - `gone`: over, by `reason`: closed, deleted, forbidden, rewound or stopped. No attempt follows.
+ * - `gone`: over, by `reason`: closed, deleted, forbidden, made anew, rewound, stopped or token expired. No attempt
+ *   follows.
  * @typedef {"connecting" | "live" | "behind" | "offline" | "gone"} State
  */
 
@@ -64,10 +73,11 @@
  * @property {(change: StateChange) => void} [onState]
  * @property {() => Promise<string | {token: string, url?: string} | null>} [refreshToken]
  *   Asks your application for a new token. Called before the old one expires and after a 401 or 403. Null says that
- *   this reader is no longer welcome; a rejected promise is tried again later.
- * @property {() => Promise<Snapshot>} [refreshSnapshot]
+ *   this reader is no longer welcome, and is the end: `gone`. A rejected promise is tried again later, and so is an
+ *   answer without a token: look at the status before you take an error's JSON for one.
+ * @property {() => Promise<Snapshot | null>} [refreshSnapshot]
  *   Asks your application for a new snapshot, when the stream was deleted, made anew, or shortened past our offset.
- *   Without it that is the end: `gone`.
+ *   Null and rejected promises mean the same as above. Without this function a lost stream is the end: `gone`.
  * @property {"sse" | "long-poll"} [live] How to tail. SSE steps back to long-poll by itself where it does not get through.
  * @property {number} [firstDelay] Milliseconds before the first new attempt; doubles each time. Default 250.
  * @property {number} [longestDelay] Most milliseconds between two attempts. Default 15,000.
@@ -147,6 +157,7 @@ export class Subscription {
    */
   constructor(snapshot, options) {
     if (snapshot === null && !options.refreshSnapshot) throw new TypeError("follow(null) needs refreshSnapshot");
+    if (snapshot !== null && !isSnapshot(snapshot)) throw new TypeError("follow() needs a snapshot, or null");
     this.#options = options;
     this.#fetch = options.fetch ?? globalThis.fetch.bind(globalThis);
     this.#live = options.live ?? "sse";
@@ -261,14 +272,16 @@ export class Subscription {
         if (!this.#options.refreshSnapshot) return this.#end(fault.message);
         const snapshot = await this.#options.refreshSnapshot();
         if (this.#over) return null;
+        if (snapshot === null) return this.#end("forbidden");
+        if (!isSnapshot(snapshot)) throw new Fault("no snapshot given");
         if (this.state !== "connecting") this.#tell("behind", { reason: fault.message });
         this.#begin(snapshot);
         // A stream that is lost again and again must not make a hot loop.
         this.#losses += 1;
         if (this.#losses === 1) return null;
       }
-    } catch {
-      fault = new Fault("application not reached");
+    } catch (error) {
+      fault = error instanceof Fault ? error : new Fault("application not reached");
     }
     const most = Math.min(this.#options.longestDelay ?? 15_000, (this.#options.firstDelay ?? 250) * 2 ** failures);
     // Half of it is chance, so that the readers of a server that returns do not all come at the same moment.
@@ -300,7 +313,7 @@ export class Subscription {
           if (event !== "control") continue;
           control = JSON.parse(data);
           this.#cursor = control.streamCursor ?? this.#cursor;
-          this.#refuseRewind(control.streamNextOffset);
+          this.#refuseAnother(control.streamNextOffset);
           ready.push(...held);
           held = [];
         }
@@ -326,7 +339,7 @@ export class Subscription {
       const text = await response.text();
       const next = response.headers.get("stream-next-offset") ?? this.#offset;
       this.#cursor = response.headers.get("stream-cursor") ?? this.#cursor;
-      this.#refuseRewind(next);
+      this.#refuseAnother(next);
       this.#deliver(text === "" ? [] : eventsOf(text), next, {
         upToDate: response.status === 204 || response.headers.has("stream-up-to-date"),
         streamClosed: response.headers.get("stream-closed") === "true",
@@ -395,12 +408,16 @@ export class Subscription {
 
   /**
    * Offsets of one stream only grow (they sort as text; protocol, offsets). A smaller one is another stream's: the
-   * server forgot ours and somebody made it again.
+   * server forgot ours and somebody made it again. A server that remembers it gives the new one higher offsets, and
+   * with the usual form of them counts in the first half how often the stream was made. What a new stream with offsets
+   * past ours and without that count holds cannot be told from ours.
    * @param {string} next
    */
-  #refuseRewind(next) {
+  #refuseAnother(next) {
     if (typeof next !== "string") throw new Fault("an answer without an offset");
     if (this.#offset !== "now" && next < this.#offset) throw new Fault("rewound", { lost: true });
+    const [ours, theirs] = [this.#offset, next].map((offset) => USUAL_OFFSET.exec(offset)?.[1]);
+    if (ours !== undefined && theirs !== undefined && ours !== theirs) throw new Fault("made anew", { lost: true });
   }
 
   /** @param {string | null} token */
@@ -432,7 +449,9 @@ export class Subscription {
     const fresh = await this.#options.refreshToken();
     if (this.#over) return false;
     if (fresh === null) return this.#end("forbidden") !== null;
-    const { token, url = this.#url } = typeof fresh === "string" ? { token: fresh } : fresh;
+    const { token, url = this.#url } = typeof fresh === "string" ? { token: fresh } : (fresh ?? {});
+    // An error's JSON, most likely. Going on without a token would only be refused, again and again.
+    if (typeof token !== "string" || token === "") throw new Fault("no token given");
     this.#url = url;
     this.#use(token);
     return true;
@@ -519,6 +538,9 @@ export class Subscription {
 const RECONNECT = Object.freeze({ name: "reconnect" });
 /** Why SSE is given up for long-poll: something on the way holds the answer back, or the server has no SSE. */
 const HELD_BACK = Object.freeze({ name: "held back" });
+
+/** The offsets of the embedded server in memory, of the npm reference server and of the module for Caddy. */
+const USUAL_OFFSET = /^(\d{16})_\d{16}$/;
 
 /** An answer, or the lack of one, that reading cannot go on from as it is. */
 class Fault extends Error {
@@ -621,6 +643,14 @@ async function* chunks(body, signal) {
   } catch (error) {
     throw signal.aborted ? signal.reason : error instanceof Fault ? error : new Fault("cut off");
   }
+}
+
+/**
+ * Whether an application gave a snapshot, and not the JSON of an error.
+ * @param {Snapshot | null | undefined} given
+ */
+function isSnapshot(given) {
+  return typeof given?.url === "string";
 }
 
 /**
