@@ -13,11 +13,16 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 
+from broadcastable.durable_streams import DurableStreams
 from broadcastable.outbox.schema import tables
 from broadcastable.settings import Settings, override
-from broadcastable.tokens import Gatekeeper
+from broadcastable.tokens import Gatekeeper, generate_key_pair
+
+from .conftest import Command
+from .test_server import listening
 
 Run = Callable[..., Any]
+Start = Callable[..., Command]
 
 
 def files(directory: Path) -> dict[str, str]:
@@ -58,9 +63,11 @@ def test_everything_is_written_and_shown(here: Path, run: Run) -> None:
         "config/broadcastable/signing_key.pem",
         "config/broadcastable/signing_key.pub.pem",
     }
-    assert "+worker: dramatiq broadcastable.worker" in result.stdout
+    assert "+streams: broadcastable server" in result.stdout
     assert "PRIVATE" not in result.stdout
     assert stat.S_IMODE((here / "config/broadcastable/signing_key.pem").stat().st_mode) == 0o600
+    assert stat.S_IMODE((here / "broadcastable.env").stat().st_mode) == 0o600
+    assert "broadcastable.env" in (here / ".gitignore").read_text().splitlines()
 
 
 def test_the_second_time_changes_nothing(here: Path, run: Run, alembic: Config) -> None:
@@ -79,29 +86,113 @@ def test_dry_run_writes_nothing(here: Path, run: Run, alembic: Config) -> None:
 
 
 def test_what_is_there_is_kept_unless_forced(here: Path, run: Run) -> None:
+    """What --force would change is shown, but for values that only the file of settings knows."""
     (here / "broadcastable.toml").write_text("[development]\nport = 5000\n")
+    (here / "broadcastable.env").write_text("BROADCASTABLE_DATABASE_URL=postgresql://ada:secret@db/app\n")
+    (here / "broadcastable.env").chmod(0o640)
     (here / ".gitignore").write_text("*.pyc")
-    (here / "Procfile").write_text("web: uvicorn app\nworker: dramatiq app.tasks broadcastable.worker\n")
     result = run("install")
     assert "left as it is" in result.stderr
+    assert "-port = 5000" in result.stdout
+    assert "-BROADCASTABLE_DATABASE_URL=…" in result.stdout
+    assert "+BROADCASTABLE_OUTBOX=memory" in result.stdout
+    assert "secret" not in result.stdout + result.stderr
     assert (here / "broadcastable.toml").read_text() == "[development]\nport = 5000\n"
-    assert (here / ".gitignore").read_text().startswith("*.pyc\nconfig/")
-    procfile = (here / "Procfile").read_text()
-    assert procfile.count("worker:") == 1
-    assert procfile.endswith("streams: broadcastable server\n")
+    assert (here / ".gitignore").read_text().startswith("*.pyc\nbroadcastable.env\nconfig/")
     key = (here / "config/broadcastable/signing_key.pem").read_text()
 
     run("install", "--force")
     assert "[production]" in (here / "broadcastable.toml").read_text()
+    assert "OUTBOX=memory" in (here / "broadcastable.env").read_text()
+    assert stat.S_IMODE((here / "broadcastable.env").stat().st_mode) == 0o640
     assert (here / "config/broadcastable/signing_key.pem").read_text() == key
+
+
+WORKER = "broadcastable-worker: dramatiq broadcastable.worker"
+
+
+@pytest.mark.parametrize(
+    ("before", "outbox", "added", "says"),
+    [
+        ("", "memory", ["streams: broadcastable server", f"# {WORKER}"], ""),
+        ("", "redis", ["streams: broadcastable server", WORKER], ""),
+        ("worker: celery -A app worker", "database", ["streams: broadcastable server", WORKER], ""),
+        ("worker: dramatiq app.tasks broadcastable.worker", "redis", ["streams: broadcastable server"], ""),
+        ("streams: node streams.js", "memory", [f"# {WORKER}"], "a process streams of another kind"),
+        (f"streams: broadcastable server --port 1\n# {WORKER}", "memory", [], ""),
+        (f"streams: broadcastable server\n# {WORKER}", "redis", [], "as a comment"),
+        (f"streams: broadcastable server\n{WORKER}", "redis", [], ""),
+    ],
+)
+def test_the_processes_are_added_that_have_something_to_do(
+    here: Path, run: Run, before: str, outbox: str, added: list[str], says: str
+) -> None:
+    """A worker has nothing to deliver from the memory of another process, and does not start; so it is a comment."""
+    (here / "broadcastable.env").write_text(f"BROADCASTABLE_OUTBOX={outbox}\n")
+    (here / "Procfile").write_text(before)
+    result = run("install")
+    assert (here / "Procfile").read_text().splitlines() == [*before.splitlines(), *added]
+    if says:
+        assert says in result.stderr
+    else:
+        assert "Procfile" not in result.stderr
+
+
+def test_what_it_writes_starts(here: Path, run: Run, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process of the Procfile, with the settings of broadcastable.env; and these are good in any directory."""
+    run("install")
+    active = [line for line in (here / "Procfile").read_text().splitlines() if not line.startswith("#")]
+    assert active == ["streams: broadcastable server"]
+    url = listening(start("server", "--port", "0", **environment(here)))
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    with DurableStreams(Settings.from_env({**environment(here), "BROADCASTABLE_SERVER_URL": url})) as durable_streams:
+        assert durable_streams.ensure_stream_exists("room") == "room"
+
+
+def test_a_private_key_that_is_missing_is_not_made_up(here: Path, run: Run) -> None:
+    """As in a fresh clone, which has the public half alone: a new pair would lock out everybody who is let in now."""
+    run("install")
+    public = here / "config/broadcastable/signing_key.pub.pem"
+    (here / "config/broadcastable/signing_key.pem").unlink()
+    (here / "Procfile").unlink()
+    before = public.read_text()
+    for options in ((), ("--force",), ("--dry-run",)):
+        result = run("install", *options)
+        assert result.exit_code == 1
+        assert "its private half" in result.stderr
+        assert "keys generate --force" in result.stderr
+        assert "Everything is here" not in result.stdout
+    assert public.read_text() == before
+    assert not (here / "config/broadcastable/signing_key.pem").exists()
+    assert (here / "Procfile").exists()
+
+
+def test_a_public_key_that_is_missing_is_made_from_the_private_one(here: Path, run: Run) -> None:
+    run("install")
+    public = here / "config/broadcastable/signing_key.pub.pem"
+    before = files(here)
+    public.unlink()
+    assert "1 files would be written" in run("install", "--dry-run").stdout
+    assert not public.exists()
+    assert run("install").exit_code == 0
+    assert files(here) == before
+
+
+def test_halves_of_two_keys_are_told_apart(here: Path, run: Run) -> None:
+    run("install")
+    (here / "config/broadcastable/signing_key.pub.pem").write_text(generate_key_pair().public_pem)
+    result = run("install")
+    assert result.exit_code == 1
+    assert "is not the public half" in result.stderr
 
 
 def test_the_settings_that_it_writes_are_settings(here: Path, run: Run) -> None:
     run("install")
     lines = (here / "broadcastable.env").read_text().splitlines()
-    environment = dict(line.removeprefix("# ").split("=", 1) for line in lines if "BROADCASTABLE_" in line)
-    settings = Settings.from_env(environment)
-    assert settings.signing_key == "config/broadcastable/signing_key.pem"
+    every = dict(line.removeprefix("# ").split("=", 1) for line in lines if re.match(r"(# )?BROADCASTABLE_\w+=", line))
+    settings = Settings.from_env(every)
+    assert settings.signing_key == str(here / "config/broadcastable/signing_key.pem")
     assert settings.database_url is not None
 
 
@@ -166,3 +257,24 @@ def test_several_heads_are_left_to_be_merged(here: Path, run: Run, alembic: Conf
     result = run("install")
     assert "several heads" in result.stderr
     assert len(list((here / "migrations/versions").glob("*.py"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("ini", "says"),
+    [("[alembic]\nscript_location = nowhere\n", "nowhere"), ("[alembic]\n", "script_location"), ("[", "[")],
+)
+def test_migrations_that_alembic_cannot_read_are_one_sentence(here: Path, run: Run, ini: str, says: str) -> None:
+    """Everything else is there all the same."""
+    (here / "alembic.ini").write_text(ini)
+    result = run("install")
+    assert result.exit_code == 1
+    assert "Alembic cannot read its migrations" in result.stderr
+    assert says in result.stderr
+    assert (here / "config/broadcastable/signing_key.pem").exists()
+
+
+def test_a_migration_that_does_not_compile_is_one_sentence(here: Path, run: Run, alembic: Config) -> None:
+    (here / "migrations/versions/aaaa_broken.py").write_text("revision = ")
+    result = run("install")
+    assert result.exit_code == 1
+    assert "Alembic cannot read its migrations" in result.stderr

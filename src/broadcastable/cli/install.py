@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+import re
+import stat
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,19 +15,22 @@ from rich.syntax import Syntax
 from rich.text import Text
 
 from .configuration import FILE
-from .console import err, out
+from .console import err, fail, out
 from .keys import INSTALLED as KEYS
-from .keys import PUBLIC_KEY, SIGNING_KEY, write_file, write_pair
+from .keys import PUBLIC_KEY, SIGNING_KEY, kid_of, public_pem, write_file, write_pair
 
+SETTINGS_FILE = Path("broadcastable.env")
+WORKER = "broadcastable-worker"
 REVISION_NAME = "broadcastable_outbox"
 
 SETTINGS = f"""\
-# Settings of broadcastable. Any of them is also an argument of broadcastable.configure().
-BROADCASTABLE_SIGNING_KEY={KEYS / SIGNING_KEY}
+# Settings of broadcastable, for this machine. Any of them is also an argument of broadcastable.configure().
+BROADCASTABLE_SIGNING_KEY={{signing_key}}
 BROADCASTABLE_SERVER_URL=http://localhost:4437/v1/streams
 # Where browsers reach the stream server, when that is another address:
 # BROADCASTABLE_CLIENT_URL=https://streams.example.com/v1/streams
-# "database" loses nothing and needs its two tables; "redis" needs Redis alone; "memory" is for development.
+# "database" loses nothing and needs its two tables; "redis" needs Redis alone; "memory" is for development. With the
+# first two a worker process delivers: {WORKER} in the Procfile.
 BROADCASTABLE_OUTBOX=memory
 # BROADCASTABLE_DATABASE_URL=postgresql+psycopg://localhost/app
 # BROADCASTABLE_REDIS_URL=redis://localhost:6379/0
@@ -47,15 +51,14 @@ keys = ["{(KEYS / PUBLIC_KEY).as_posix()}", "{(KEYS / "verify-*.pem").as_posix()
 origins = ["https://example.com"]
 """
 
-PROCFILE = """\
-streams: broadcastable server
-worker: dramatiq broadcastable.worker
-"""
-
 IGNORED = f"""\
+{SETTINGS_FILE}
 {KEYS.as_posix()}/*{SIGNING_KEY}
 var/streams/
 """
+
+_PROCESS = re.compile(r"(?P<comment>#\s*)?(?P<name>[A-Za-z0-9_-]+):\s+(?P<command>\S.*)")
+_OUTBOX_FOR_WORKERS = re.compile(r"^BROADCASTABLE_OUTBOX=(redis|database)\s*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -63,82 +66,135 @@ class Plan:
     """One file and what it shall hold.
 
     Attributes:
-        lines: Only the lines that are missing are added, to what may be somebody else's.
+        mode: Of a new file; one that exists keeps its own.
+        added_to: It may be somebody else's; only lines are added.
         kept: It exists and says something else; only --force changes it.
     """
 
     path: Path
-    text: str
-    lines: bool = False
+    after: str
+    mode: int = 0o644
+    added_to: bool = False
 
     @property
     def before(self) -> str | None:
         return self.path.read_text("utf-8") if self.path.exists() else None
 
     @property
-    def after(self) -> str:
-        before = self.before
-        if not self.lines or before is None:
-            return self.text
-        there = {_subject(line) for line in before.splitlines()}
-        missing = [line for line in self.text.splitlines() if _subject(line) not in there]
-        if not missing:
-            return before
-        return before + ("" if before.endswith("\n") or not before else "\n") + "\n".join(missing) + "\n"
-
-    @property
     def kept(self) -> bool:
-        return not self.lines and self.before not in {None, self.after}
+        return not self.added_to and self.before not in {None, self.after}
 
 
 def install(
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that say something else.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be written.")] = False,
-    procfile: Annotated[bool, typer.Option("--procfile/--no-procfile", help="Add the two processes.")] = True,
+    procfile: Annotated[bool, typer.Option("--procfile/--no-procfile", help="Add our processes.")] = True,
 ) -> None:
     """Write what is missing here: settings, a key pair, broadcastable.toml, a migration, Procfile and .gitignore lines.
 
     Shows each change as a diff. Existing files are left as they are, so it may be run again at any time; --force
-    overwrites broadcastable.env and broadcastable.toml, but never a key.
+    overwrites broadcastable.env and broadcastable.toml, but never a key. Exits 1 when something could not be made.
     """
-    written = 0
-    for plan in _plans(procfile):
-        written += _carry_out(plan, force=force, dry_run=dry_run)
-    written += _make_keys(dry_run=dry_run)
-    written += _make_revision(dry_run=dry_run)
-    if written == 0:
-        out.print("Everything is here already; nothing was changed.")
-        return
-    out.print(f"\n{written} files {'would be' if dry_run else ''} written.".replace("  ", " "))
-    if not dry_run:
-        out.print("Load broadcastable.env into the environment of the application, then: broadcastable doctor")
-
-
-def _plans(procfile: bool) -> Iterator[Plan]:
-    yield Plan(Path("broadcastable.env"), SETTINGS)
-    yield Plan(FILE, CONFIGURATION)
+    settings = Plan(SETTINGS_FILE, SETTINGS.format(signing_key=(KEYS / SIGNING_KEY).resolve()), mode=0o600)
+    plans = [
+        settings,
+        Plan(FILE, CONFIGURATION),
+        Plan(Path(".gitignore"), _ignoring(Path(".gitignore")), added_to=True),
+    ]
     if procfile:
-        yield Plan(Path("Procfile"), PROCFILE, lines=True)
-    yield Plan(Path(".gitignore"), IGNORED, lines=True)
+        in_force = settings.before if settings.kept and not force else settings.after
+        with_worker = _OUTBOX_FOR_WORKERS.search(in_force or "") is not None
+        plans.append(Plan(Path("Procfile"), _running(Path("Procfile"), with_worker=with_worker), added_to=True))
+    undone: list[str] = []
+    written = sum(_carry_out(plan, force=force, dry_run=dry_run) for plan in plans)
+    for make in (_make_keys, _make_revision):
+        try:
+            written += make(dry_run=dry_run)
+        except _Undone as reason:
+            undone.append(str(reason))
+    if written:
+        out.print(f"\n{written} files {'would be ' if dry_run else ''}written.")
+    elif not undone:
+        out.print("Everything is here already; nothing was changed.")
+    if written and not dry_run:
+        out.print(f"Load {SETTINGS_FILE} into the environment of the application, then: broadcastable doctor")
+    if undone:
+        fail(" ".join(undone))
+
+
+class _Undone(Exception):
+    """Something that is needed could not be made; the text says what to do."""
+
+
+def _ignoring(path: Path) -> str:
+    before = path.read_text("utf-8") if path.exists() else ""
+    there = {line.strip() for line in before.splitlines()}
+    return _with_lines(before, [line for line in IGNORED.splitlines() if line not in there])
+
+
+def _running(path: Path, *, with_worker: bool) -> str:
+    """The Procfile with our processes. The worker's is a comment until there is something for it to deliver."""
+    before = path.read_text("utf-8") if path.exists() else ""
+    there = [found for line in before.splitlines() if (found := _PROCESS.fullmatch(line.strip()))]
+    lines = []
+    for name, command, mark in (
+        ("streams", "broadcastable server", "broadcastable server"),
+        (WORKER, "dramatiq broadcastable.worker", "broadcastable.worker"),
+    ):
+        wanted = name != WORKER or with_worker
+        ours = [each for each in there if mark in each["command"]]
+        if not ours and any(each["name"] == name and not each["comment"] for each in there):
+            err.print(f"[yellow]{path} has a process {name} of another kind[/], so this is not added: {command}")
+        elif not ours:
+            lines.append(f"{'' if wanted else '# '}{name}: {command}")
+        elif wanted and all(each["comment"] for each in ours):
+            err.print(f"[yellow]{path} has {name} as a comment[/]; the outbox needs it now: {command}")
+    return _with_lines(before, lines)
+
+
+def _with_lines(before: str, lines: list[str]) -> str:
+    if not lines:
+        return before
+    return before + ("" if before.endswith("\n") or not before else "\n") + "\n".join(lines) + "\n"
 
 
 def _carry_out(plan: Plan, *, force: bool, dry_run: bool) -> int:
-    if plan.before == plan.after:
+    before = plan.before
+    if plan.after == (before or ""):
         return 0
     if plan.kept and not force:
-        err.print(f"[yellow]{plan.path} is left as it is[/]; --force overwrites it.")
+        err.print(f"[yellow]{plan.path} is left as it is[/]; --force would change it like this:")
+    _show(plan.path, _without_values(before, plan.after) if plan.mode == 0o600 else before, plan.after)
+    if plan.kept and not force:
         return 0
-    _show(plan.path, plan.before, plan.after)
     if not dry_run:
-        write_file(plan.path, plan.after, mode=0o644)
+        mode = plan.mode if before is None else stat.S_IMODE(plan.path.stat().st_mode)
+        write_file(plan.path, plan.after, mode=mode)
     return 1
 
 
 def _make_keys(*, dry_run: bool) -> int:
-    if (KEYS / SIGNING_KEY).exists():
+    """The pair, or the public half of a private one. Nothing that is there is ever overwritten."""
+    signing, public = KEYS / SIGNING_KEY, KEYS / PUBLIC_KEY
+    if signing.exists() and public.exists():
+        if kid_of(signing) != kid_of(public):
+            raise _Undone(
+                f"{public} is not the public half of {signing}: gates that know it refuse what the application signs. "
+                "Delete the one that is wrong and run this again."
+            )
         return 0
-    out.print(f"[green]+ {KEYS / SIGNING_KEY}[/]  a new private key, for its owner alone to read")
-    out.print(f"[green]+ {KEYS / PUBLIC_KEY}[/]  its public half")
+    if public.exists():
+        raise _Undone(
+            f"{public} is here and its private half, {signing}, is not: it is in no repository. Copy it from where the "
+            f"application runs; or, for keys of this machine alone: broadcastable keys generate --force -d {KEYS}"
+        )
+    if signing.exists():
+        out.print(f"[green]+ {public}[/]  the public half of {signing}")
+        if not dry_run:
+            write_file(public, public_pem(signing), mode=0o644)
+        return 1
+    out.print(f"[green]+ {signing}[/]  a new private key, for its owner alone to read")
+    out.print(f"[green]+ {public}[/]  its public half")
     if not dry_run:
         write_pair(KEYS)
     return 2
@@ -155,10 +211,15 @@ def _make_revision(*, dry_run: bool) -> int:
     except ImportError:
         err.print("[yellow]Alembic is not installed here[/], so no migration was written.")
         return 0
-    scripts = ScriptDirectory.from_config(Config("alembic.ini"))
-    if any(_makes_the_tables(Path(revision.path)) for revision in scripts.walk_revisions()):
+    try:
+        scripts = ScriptDirectory.from_config(Config("alembic.ini"))
+        revisions = list(scripts.walk_revisions())
+        heads = scripts.get_heads()
+    except Exception as error:  # Alembic's own, or whatever a revision's code raises when it is imported
+        reason = str(error) or type(error).__name__
+        raise _Undone(f"Alembic cannot read its migrations, so none was written: {reason.rstrip('.')}.") from error
+    if any(_makes_the_tables(Path(revision.path)) for revision in revisions):
         return 0
-    heads = scripts.get_heads()
     if len(heads) > 1:
         err.print(
             f"[yellow]Alembic has several heads[/] ({', '.join(heads)}), so no migration was written: merge them."
@@ -251,7 +312,9 @@ def _show(path: Path, before: str | None, after: str) -> None:
     out.print(Syntax("\n".join(diff), "diff", background_color="default") if out.is_terminal else Text("\n".join(diff)))
 
 
-def _subject(line: str) -> str:
-    """What a line is about: the process of a Procfile line, else all of it."""
-    name, colon, rest = line.partition(": ")
-    return name + colon if colon and " " not in name and rest else line.strip()
+def _without_values(before: str | None, after: str) -> str | None:
+    """*before*, but for what *after* says too: a diff goes to terminals and logs, and settings hold passwords."""
+    if before is None:
+        return None
+    there = set(after.splitlines())
+    return "\n".join(line if line in there else re.sub("=.*", "=…", line) for line in before.splitlines())
