@@ -56,6 +56,29 @@ await obey({
     await db.preload()
   },
 
+  // A page that follows a stream from an offset on, without rows; `source` is the documentation's subclass for it.
+  async open_from({ name, url, token, offset, collections, source, live }) {
+    const StreamFrom = new Function("DurableStream", `${source}; return StreamFrom`)(DurableStream)
+    const state = createStateSchema(
+      Object.fromEntries(
+        Object.entries(collections).map(([key, [type, primaryKey]]) => [key, { schema: anything, type, primaryKey }]),
+      ),
+    )
+    const asked = []
+    const counted = (input, init) => {
+      asked.push(new URL(input).searchParams.get("offset"))
+      return fetch(input, init)
+    }
+    const db = createStreamDB({ stream: new StreamFrom({ url, params: { token }, fetch: counted }, offset), state, live })
+    dbs.set(name, Object.assign(db, { asked }))
+    await db.preload()
+  },
+
+  // The offsets that a page of `open_from` has asked for, in order.
+  async asked({ name }) {
+    return dbs.get(name).asked
+  },
+
   async rows({ collection: path }) {
     return collection(path).toArray.map(plain)
   },
