@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import redis
 
+from broadcastable.cli.doctor import _probe_names
 from broadcastable.durable_streams import current
-from broadcastable.server.embedded import EmbeddedServer
-from broadcastable.settings import override
+from broadcastable.names import shard_of
+from broadcastable.server.embedded import EmbeddedServer, embedded_server
+from broadcastable.settings import Settings, override
 from broadcastable.tokens import generate_key_pair
 from tests.services import free_port
 
@@ -104,6 +106,30 @@ def test_a_server_that_knows_other_keys(stream_server: EmbeddedServer, run: Run)
         current().close()
     assert not found["stream server"]["ok"]
     assert "worker" not in found
+
+
+def test_each_of_several_servers_is_looked_at(stream_server: EmbeddedServer, run: Run) -> None:
+    """The clock and a probe of its own for each, so a dead one shows whatever its number."""
+    key = stream_server.settings.signing_key
+    with embedded_server(settings=Settings(signing_key=key)) as second:
+        with override(server_url=[stream_server.url, second.url], signing_key=key):
+            found = findings(run)
+            current().close()
+        names = ["settings", "keys", "clock 1", "stream server 1", "clock 2", "stream server 2", "worker"]
+        assert list(found) == names
+        assert all(each["ok"] for each in found.values())
+        assert [
+            server in found[f"stream server {n}"]["says"] for n, server in ((1, stream_server.url), (2, second.url))
+        ]
+    with override(server_url=[stream_server.url, second.url], signing_key=key):
+        found = findings(run)
+        current().close()
+    assert [name for name, each in found.items() if not each["ok"]] == ["clock 2", "stream server 2"]
+    assert "worker" not in found
+
+
+def test_a_probe_belongs_to_its_server() -> None:
+    assert [shard_of(name, 5) for name in _probe_names(5)] == list(range(5))
 
 
 def test_settings_that_make_no_sense(start: Callable[..., Any], tmp_path: Path) -> None:

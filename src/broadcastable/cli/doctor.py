@@ -5,15 +5,17 @@ from __future__ import annotations
 import email.utils
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import httpx
 import typer
 
 from broadcastable.errors import BroadcastableError
+from broadcastable.names import shard_of
 from broadcastable.tokens import LEEWAY
 
 from .application import App, Json, durable_streams_of
@@ -45,7 +47,7 @@ def doctor(
 ) -> None:
     """Check settings, keys, clock, Redis, database tables, stream server and workers, and say how to mend each.
 
-    Makes a stream of its own on the server and deletes it again. Exits 1 when something is wrong.
+    Makes a stream of its own on each stream server and deletes it again. Exits 1 when something is wrong.
     """
     well = True
     for finding in _examine(app, patience):
@@ -68,25 +70,47 @@ def _examine(app: str | None, patience: float) -> Iterator[Finding]:
     settings = durable_streams.settings
     yield Finding("settings", True, f"server {', '.join(settings.server_urls)}; outbox {settings.outbox}")
     with durable_streams:
-        probe = f"broadcastable/doctor/{uuid.uuid4().hex}"
+        probes = _probe_names(len(settings.server_urls))
         checks: list[tuple[str, Callable[[], str]]] = [("keys", lambda: _keys(durable_streams))]
         if settings.redis_url:
             checks.append(("redis", lambda: _redis(durable_streams)))
         if settings.outbox == "database":
             checks.append(("outbox tables", lambda: _tables(durable_streams)))
-        checks += [
-            ("clock", lambda: _clock(durable_streams)),
-            ("stream server", lambda: _stream_server(durable_streams, probe)),
-            ("worker", lambda: _worker(durable_streams, probe, patience)),
-        ]
+        servers = []
+        for number, (url, probe) in enumerate(zip(settings.server_urls, probes, strict=True), 1):
+            which = f" {number}" if len(probes) > 1 else ""
+            servers.append(f"stream server{which}")
+            checks.append((f"clock{which}", partial(_clock, url)))
+            checks.append((servers[-1], partial(_stream_server, durable_streams, url, probe)))
+        reached = True
         for name, check in checks:
-            with err.status(f"Looking at {name}") if err.is_terminal else nullcontext():
-                finding = _found(name, check)
-            yield finding
-            if name == "stream server" and not finding.well:
-                return  # nothing can be delivered to it, so a worker shows nothing
-        # Whatever came of it, the probe goes.
-        _found("probe", lambda: str(durable_streams.delete_stream(probe)))
+            finding = yield from _looked_at(name, check)
+            reached &= finding.well or name not in servers
+        if reached:  # else nothing can be delivered to one, so a worker shows nothing
+            yield from _looked_at("worker", lambda: _worker(durable_streams, probes, patience))
+        # Whatever came of it, the probes go.
+        for probe in probes:
+            _found("probe", partial(_delete, durable_streams, probe))
+
+
+def _probe_names(servers: int) -> list[str]:
+    """The name of a stream for each server, in their order: one that belongs to it."""
+    names: dict[int, str] = {}
+    while len(names) < servers:
+        name = f"broadcastable/doctor/{uuid.uuid4().hex}"
+        names.setdefault(shard_of(name, servers), name)
+    return [names[number] for number in range(servers)]
+
+
+def _looked_at(name: str, check: Callable[[], str]) -> Generator[Finding, None, Finding]:
+    with err.status(f"Looking at {name}") if err.is_terminal else nullcontext():
+        finding = _found(name, check)
+    yield finding
+    return finding
+
+
+def _delete(durable_streams: DurableStreams, probe: str) -> str:
+    return str(durable_streams.delete_stream(probe))
 
 
 def _found(name: str, check: Callable[[], str]) -> Finding:
@@ -128,8 +152,7 @@ def _tables(durable_streams: DurableStreams) -> str:
     return f"there; {len(waiting)} streams wait"
 
 
-def _clock(durable_streams: DurableStreams) -> str:
-    url = durable_streams.settings.server_urls[0]
+def _clock(url: str) -> str:
     try:
         response = httpx.get(url, timeout=5, trust_env=False)
     except httpx.HTTPError as error:
@@ -139,30 +162,41 @@ def _clock(durable_streams: DurableStreams) -> str:
         return "the stream server does not tell its time"
     apart = abs(time.time() - email.utils.parsedate_to_datetime(date).timestamp())
     if apart > LEEWAY:
-        raise Ill(f"{apart:.0f} s apart from the stream server's: tokens fail beyond {LEEWAY:g} s. Set both by NTP")
+        raise Ill(f"{apart:.0f} s apart from the clock of {url}: tokens fail beyond {LEEWAY:g} s. Set both by NTP")
     return f"within {max(1.0, apart):.0f} s of the stream server's"
 
 
-def _stream_server(durable_streams: DurableStreams, probe: str) -> str:
+def _stream_server(durable_streams: DurableStreams, url: str, probe: str) -> str:
     started = time.perf_counter()
     durable_streams.ensure_stream_exists(probe)
     durable_streams.broadcast_to(probe, probe="now")
     if not _probes(durable_streams, probe, "now"):
-        raise Ill("It took an event and does not give it back. Is something else answering in its place?")
-    return f"made a stream, appended and read in {(time.perf_counter() - started) * 1_000:.0f} ms"
+        raise Ill(f"{url} took an event and does not give it back. Is something else answering in its place?")
+    took = (time.perf_counter() - started) * 1_000
+    return f"made a stream, appended and read in {took:.0f} ms, at {url}"
 
 
-def _worker(durable_streams: DurableStreams, probe: str, patience: float) -> str:
+def _worker(durable_streams: DurableStreams, probes: Sequence[str], patience: float) -> str:
     started = time.perf_counter()
-    durable_streams.broadcast_later_to(probe, probe="later")
+    for probe in probes:
+        durable_streams.broadcast_later_to(probe, probe="later")
+    missing = list(probes)
     while time.perf_counter() - started < patience:
-        if _probes(durable_streams, probe, "later"):
+        missing = [probe for probe in missing if not _probes(durable_streams, probe, "later")]
+        if not missing:
             took = (time.perf_counter() - started) * 1_000
             shared = durable_streams.settings.outbox != "memory" and durable_streams.settings.redis_url
             return f"{'a worker' if shared else 'the worker in this process'} delivered an event in {took:.0f} ms"
         time.sleep(0.02)
-    durable_streams.outbox.drop(probe)
-    raise Ill(f"Nothing was delivered in {patience:g} s. Is one running? dramatiq broadcastable.worker")
+    for probe in missing:
+        durable_streams.outbox.drop(probe)
+    to = "" if len(missing) == len(probes) else f" to {', '.join(_url_of(durable_streams, each) for each in missing)}"
+    raise Ill(f"Nothing was delivered{to} in {patience:g} s. Is one running? dramatiq broadcastable.worker")
+
+
+def _url_of(durable_streams: DurableStreams, stream: str) -> str:
+    urls = durable_streams.settings.server_urls
+    return urls[shard_of(stream, len(urls))]
 
 
 def _probes(durable_streams: DurableStreams, probe: str, said: str) -> bool:
