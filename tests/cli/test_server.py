@@ -27,6 +27,7 @@ MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEf83OJ3D2xF1Bg8vub9tLe1gHMzV7
 6e8Tus9uPHvRVEXH8UTNG72bfocs3+257rn0s2ldbqkLJK2KRiMohYjlrQ==
 -----END PUBLIC KEY-----
 """
+THUMBPRINT = "oKIywvGUpTVTyxMQ3bwIIeQUudfr_CkLMjCE19ECD-U"
 
 
 def listening(command: Command) -> str:
@@ -113,6 +114,25 @@ issuer = "staging"
     check("Caddyfile.plain", result.stdout)
 
 
+@pytest.mark.parametrize(
+    ("keys", "kids"),
+    [
+        ('["public.pem"]', {THUMBPRINT}),
+        ('["main=public.pem"]', {"main"}),
+        ('["verify-*.pem"]', {"old", THUMBPRINT}),
+        ('["public.pem", "nothing-*.pem"]', {THUMBPRINT}),
+    ],
+)
+def test_keys_are_known_by_the_names_that_tokens_carry(here: Path, run: Run, keys: str, kids: set[str]) -> None:
+    """Paths and patterns begin at the file, `kid=` before one names the key, and so does the file of a rotation."""
+    (here / "etc").mkdir()
+    for name in ("public.pem", "verify-old.pem"):
+        (here / "etc" / name).write_text(PUBLIC_KEY)
+    (here / "etc/servers.toml").write_text(f"[production]\ndomain = 'x'\nkeys = {keys}\n")
+    result = run("caddyfile", "--config", "etc/servers.toml")
+    assert set(re.findall(r'"kid":"([^"]+)"', result.stdout)) == kids
+
+
 def test_the_application_s_own_key_serves_where_the_table_names_none(
     production: Path, run: Run, signing_key: str
 ) -> None:
@@ -140,6 +160,7 @@ def test_the_application_s_own_key_serves_where_the_table_names_none(
         ("[production]\ndomain = 'x'\nissuer = 'a\"b'\nkeys = ['public.pem']", "cannot stand in a Caddyfile"),
         ("[production]\ndomain = 'x'\norigins = ['https://a/b']\nkeys = ['public.pem']", "an origin is"),
         ("[production]\ndomain = 'x'\nkeys = ['nowhere.pem']", "neither PEM text nor a readable file"),
+        ("[production]\ndomain = 'x'\nkeys = ['verify-*.pem']", "no file fits verify-*.pem"),
         ("[production]\ndomain = 'x'", "There is no key"),
     ],
 )
