@@ -122,6 +122,25 @@ def test_drift_is_found_shown_and_mended(shop: ModuleType, run: Run, sqlite_url:
     assert run("check", f"{shop.__name__}:Book").exit_code == 0
 
 
+def test_a_row_that_cannot_be_judged_is_shown_and_is_a_failure(
+    shop: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without --repair, which can do nothing about it."""
+
+    def refuse(book: object) -> bool:
+        raise ValueError("[nobody] knows")
+
+    monkeypatch.setattr(shop.Book.__dict__["__stream_plan__"].routes[0], "when", refuse)
+    shown = run("check", f"{shop.__name__}:Book", "--repair")
+    assert shown.exit_code == 1
+    assert "1 (ValueError: [nobody] knows)" in shown.stdout
+    assert "cannot be judged" in shown.stdout
+    assert "differ" not in shown.stdout
+    lines = [json.loads(line) for line in run("check", f"{shop.__name__}:Book", "--json").stdout.splitlines()]
+    assert {"1", "2", "3"} == {key for each in lines for key in each["unknown"]}
+    assert not any(each["extra"] for each in lines)
+
+
 @pytest.mark.parametrize(
     ("model", "says"),
     [

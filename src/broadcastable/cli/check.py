@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from broadcastable.errors import ConfigurationError, UsageError
@@ -37,8 +38,8 @@ def check(
 ) -> None:
     """Compare a model's streams with its table, row by row: what is missing, what is stale, what is there too much.
 
-    Finds what nobody could see: raw SQL, triggers, ON DELETE CASCADE, a restored backup. Exits 1 when they differ;
-    with --repair only when they still differ afterwards.
+    Finds what nobody could see: raw SQL, triggers, ON DELETE CASCADE, a restored backup. Exits 1 when they differ, or
+    when a row cannot be judged; with --repair only when that is still so afterwards.
     """
     from broadcastable import drift
 
@@ -48,7 +49,7 @@ def check(
         raise UsageError(f"{model} is no model class; name one as MODULE:MODEL, such as shop.models:Order")
     with _session(database_url or durable_streams.settings.database_url, durable_streams) as session:
         found = _look(session, mapped, durable_streams, json=json)
-        if not found or not repair:
+        if not repair or not any(len(each) for each in found):
             _conclude(found, json=json)
         for each in found:
             drift.repair(each, durable_streams)
@@ -62,8 +63,13 @@ def check(
 def _conclude(found: list[drift.Drift], *, json: bool) -> None:
     """Say how it ended, and exit."""
     if not json:
-        rows = sum(map(len, found))
-        out.print(f"[red]{rows} rows on {len(found)} streams differ.[/]" if found else "[green]✓[/] No drift.")
+        rows, unknown = sum(map(len, found)), sum(len(each.unknown) for each in found)
+        if rows:
+            out.print(f"[red]{rows} rows on {sum(len(each) > 0 for each in found)} streams differ.[/]")
+        if unknown:
+            out.print(f"[red]{unknown} rows cannot be judged, since a function of the application raised.[/]")
+        if not found:
+            out.print("[green]✓[/] No drift.")
     raise typer.Exit(1 if found else 0)
 
 
@@ -82,6 +88,7 @@ def _look(session: Session, model: type, durable_streams: DurableStreams, *, jso
                         "missing": list(each.missing),
                         "stale": list(each.stale),
                         "extra": sorted(each.extra),
+                        "unknown": each.unknown,
                     }
                 )
             else:
@@ -90,7 +97,7 @@ def _look(session: Session, model: type, durable_streams: DurableStreams, *, jso
 
 
 def _print(each: drift.Drift) -> None:
-    out.print(f"[bold]{each.stream}[/]  [dim]{each.type}[/]")
+    out.print(f"[bold]{escape(each.stream)}[/]  [dim]{escape(each.type)}[/]")
     for what, colour, keys in (
         ("missing", "red", list(each.missing)),
         ("stale", "yellow", list(each.stale)),
@@ -100,6 +107,11 @@ def _print(each: drift.Drift) -> None:
             more = f" and {len(keys) - MOST_KEYS_SHOWN:,} more" if len(keys) > MOST_KEYS_SHOWN else ""
             out.print(f"  [{colour}]{what}[/] ", end="")
             out.print(f"{', '.join(keys[:MOST_KEYS_SHOWN])}{more}", markup=False)
+    for key, error in list(each.unknown.items())[:MOST_KEYS_SHOWN]:
+        out.print("  [red]unknown[/] ", end="")
+        out.print(f"{key} ({error})", markup=False)
+    if len(each.unknown) > MOST_KEYS_SHOWN:
+        out.print(f"  and {len(each.unknown) - MOST_KEYS_SHOWN:,} more")
 
 
 @contextmanager
