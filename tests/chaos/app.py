@@ -1,6 +1,6 @@
 """The process that commits: `python -m tests.chaos.app WRITERS ROOMS`, until killed. Settings from the environment.
 
-SIGTERM ends it in order: transactions are finished and handed over.
+SIGTERM ends it in order: transactions are finished and handed over. It may die at a named step of a commit, too.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 import broadcastable
 from broadcastable.settings import current_settings
+from tests.chaos.dying import Death
 from tests.chaos.models import Commit, Message, Room
 
 ended = threading.Event()
@@ -68,6 +69,10 @@ def main() -> None:
     url = current_settings().database_url
     assert url is not None
     engine = sa.create_engine(url, pool_size=writers)
+    death = Death()
+    death.at(engine.dialect, "do_commit", step="commit")
+    for step in ("reserve", "put", "stage", "staged"):
+        death.at(type(broadcastable.durable_streams.current().outbox), step)
     threads = [
         threading.Thread(target=write_on, args=(engine, rooms, float(os.environ["CHAOS_PAUSE"])), daemon=True)
         for _ in range(writers)
