@@ -178,6 +178,18 @@ def test_the_next_key_is_not_let_to_sign_while_no_gate_can_know_it(here: Path, r
     assert (here / "next_signing_key.pem").exists()
 
 
+def test_a_name_that_the_first_phase_did_not_see_is_no_reason_to_lose_tokens(here: Path, run: Run) -> None:
+    """Such as when it ran without the application's settings."""
+    run("keys", "generate")
+    run("keys", "rotate")
+    with override(signing_key="signing_key.pem", signing_kid="main"):
+        refused = run("keys", "rotate", "--activate")
+        assert refused.exit_code == 1
+        assert "verify-main.pem" in refused.stderr
+        assert "main=" in run("keys", "rotate").stdout
+        assert run("keys", "rotate", "--activate").exit_code == 0
+
+
 def test_rotate_without_a_key_says_how_to_make_one(here: Path, run: Run) -> None:
     result = run("keys", "rotate")
     assert result.exit_code == 1

@@ -140,9 +140,9 @@ def _activate(files: _KeyFiles, settings: Settings) -> None:
         fail(f"There is no {files.next}. Make it and let the gates know it: broadcastable keys rotate")
     old_kid = _kid_in_use(files, settings)
     kid = kid_of(files.next)
-    if not files.verify(kid).exists():
-        fail(f"There is no {files.verify(kid)}, so no gate can know the next key. First: broadcastable keys rotate")
-    write_file(files.verify(old_kid), public_pem(files.signing), mode=0o644)
+    for name in (old_kid, kid):  # the old one's too: without these settings, rotate may have given it another name
+        if not files.verify(name).exists():
+            fail(f"There is no {files.verify(name)}, so no gate can know that key. First: broadcastable keys rotate")
     write_file(files.public, public_pem(files.next), mode=0o644)
     files.next.replace(files.signing)
     life = seconds(settings.max_token_life)
