@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -21,39 +22,72 @@ Report = Callable[[str, float], None]
 AWAY = ("ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING", "ERR_CONNECTION_RESET", "ERR_EMPTY_RESPONSE")
 
 
+ROUNDS = 5
+SOON = 250.0
+"""Milliseconds from a click in one window to the change in the other, in the median of the rounds."""
+
+
+def crowding() -> float:
+    """How much longer work takes at this moment than on a machine that has nothing else to do; 1 where it is ours."""
+    began, used = time.perf_counter(), time.process_time()
+    while time.process_time() - used < 0.05:
+        pass
+    return (time.perf_counter() - began) / (time.process_time() - used)
+
+
 def test_what_one_window_does_the_other_shows(demo: Demo, open_window: OpenWindow, report_latency: Report) -> None:
-    """An insert, an edit, a move and a delete, each seen where it belongs."""
-    one, other, kitchen = open_window(demo), open_window(demo), open_window(demo, 2)
+    """An insert, an edit, a move and a delete, each seen where it belongs, and before anybody has looked up.
 
-    other.watch("texts.includes('Hello')")
-    one.page.fill("#text", "Hello")
-    sent = one.page.evaluate(
-        "() => { const now = Date.now(); document.getElementById('composer').requestSubmit(); return now; }"
-    )
-    report_latency("insert", other.moment() - sent)
+    On a machine that others use as well it may take longer by as much as everything does.
+    """
+    one, other = open_window(demo), open_window(demo)
+    cook, kitchen = open_window(demo, 2), open_window(demo, 2)
+    took: dict[str, list[float]] = {}
+    crowded: list[float] = []
 
-    one.message("Hello").focus()
-    one.page.keyboard.press("e")
-    one.page.keyboard.press("End")
-    one.page.keyboard.type(", world")
-    other.watch("texts.includes('Hello, world') && !texts.includes('Hello')")
-    sent = one.page.evaluate(
-        "() => { const now = Date.now(); document.querySelector('.editor').requestSubmit(); return now; }"
-    )
-    report_latency("edit", other.moment() - sent)
-    assert other.message("Hello, world").locator("em").is_visible()
+    def seen(what: str, window: Window, sent: float) -> None:
+        took.setdefault(what, []).append(window.moment() - sent)
 
-    other.watch("!texts.includes('Hello, world')")
-    kitchen.watch("texts.includes('Hello, world')")
-    sent = one.choose("Hello, world", "Move to Kitchen")
-    report_latency("move, where it left", other.moment() - sent)
-    report_latency("move, where it came", kitchen.moment() - sent)
+    for number in range(ROUNDS):
+        said, edited = f"Hello {number}", f"Hello {number}, world"
 
-    kitchen.watch("!texts.includes('Hello, world')")
-    sent = kitchen.choose("Hello, world", "Delete")
-    report_latency("delete", kitchen.moment() - sent)
-    for window in (one, other, kitchen):
-        assert "Hello, world" not in window.bodies()
+        other.watch(f"texts.includes('{said}')")
+        one.page.fill("#text", said)
+        sent = one.page.evaluate(
+            "() => { const now = Date.now(); document.querySelector('button.send').click(); return now; }"
+        )
+        seen("insert", other, sent)
+
+        one.message(said).focus()
+        one.page.keyboard.press("e")
+        one.page.keyboard.press("End")
+        one.page.keyboard.type(", world")
+        other.watch(f"texts.includes('{edited}') && !texts.includes('{said}')")
+        sent = one.page.evaluate(
+            "() => { const now = Date.now(); document.querySelector('.editor button').click(); return now; }"
+        )
+        seen("edit", other, sent)
+        assert other.message(edited).locator("em").is_visible()
+
+        other.watch(f"!texts.includes('{edited}')")
+        kitchen.watch(f"texts.includes('{edited}')")
+        sent = one.choose(edited, "Move to Kitchen")
+        seen("move, where it left", other, sent)
+        seen("move, where it came", kitchen, sent)
+
+        kitchen.watch(f"!texts.includes('{edited}')")
+        sent = cook.choose(edited, "Delete")
+        seen("delete", kitchen, sent)
+        for window in (one, other, kitchen):
+            assert edited not in window.bodies()
+
+        crowded.append(crowding())
+
+    medians = {what: statistics.median(each) for what, each in took.items()}
+    for what, median in medians.items():
+        report_latency(what, median)
+    allowed = SOON * max(1.0, statistics.median(crowded))
+    assert {what: median for what, median in medians.items() if median >= allowed} == {}, allowed
 
 
 def test_the_panel_shows_the_events_and_the_offset_after_them(demo: Demo, open_window: OpenWindow) -> None:
