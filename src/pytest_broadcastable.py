@@ -7,7 +7,8 @@ httpx is loaded before a test asks for a fixture.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +17,22 @@ if TYPE_CHECKING:
     from broadcastable import DurableStreams
     from broadcastable.server import EmbeddedServer
     from broadcastable.testing import MemoryStreams, Recording
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """Fail a test that made an assertion and had nobody check it: it could not fail."""
+    # The module is there once a test or its fixtures have imported it; a test that imports it itself is only warned.
+    asserting = sys.modules.get("broadcastable.testing.asserting")
+    if asserting is None:
+        return (yield)
+    with asserting.keeping_unused() as unused:
+        result = yield
+    if unused:
+        for each in unused:
+            each.used = True  # told of here, so not by a warning
+        pytest.fail("\n".join(each.in_vain() for each in unused), pytrace=False)
+    return result
 
 
 @pytest.fixture

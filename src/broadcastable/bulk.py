@@ -174,7 +174,11 @@ def _policy(plan: Plan, call: Call | str, session: Session) -> str:
     """
     cls = plan.mapper.class_
     policy: str = cls.__stream_bulk__
-    if policy == "ignore" or is_suppressed(cls):
+    if is_suppressed(cls):
+        return "ignore"
+    if policy == "ignore":
+        if unsent.listeners:
+            unsent.note(unsent.Reason.BULK, model=plan.name)
         return "ignore"
     why = 'its __stream_bulk__ is not "capture"'
     if policy == "capture":

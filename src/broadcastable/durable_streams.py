@@ -184,7 +184,7 @@ class _Verbs:
 
 
 def _known_permissions(permissions: Iterable[str]) -> list[str]:
-    wanted = [permissions] if isinstance(permissions, str) else list(permissions)
+    wanted = [permissions] if isinstance(permissions, str) or not isinstance(permissions, Iterable) else [*permissions]
     unknown = [str(each) for each in wanted if each not in PERMISSIONS]
     if unknown or not wanted:
         raise UnknownPermission(f"permissions are some of {', '.join(PERMISSIONS)}; got {', '.join(unknown) or 'none'}")

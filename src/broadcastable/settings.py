@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from .errors import ConfigurationError
+from .errors import ConfigurationError, UsageError
 
 OutboxKind = Literal["memory", "redis", "database"]
 TxidSource = Literal["uuid", "postgres"]
@@ -28,8 +28,15 @@ ENV_PREFIX = "BROADCASTABLE_"
 
 
 def seconds(value: timedelta | float) -> float:
-    """The number of seconds in a `timedelta`, or the number itself."""
-    return value.total_seconds() if isinstance(value, timedelta) else float(value)
+    """The number of seconds in a `timedelta`, or the number itself.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    try:
+        return value.total_seconds() if isinstance(value, timedelta) else float(value)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"A duration is a timedelta or a number of seconds; got {value!r}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from enum import StrEnum
 class Reason(StrEnum):
     """Why something is not sent; the value says it, with what to do where something can be done."""
 
+    UNFLUSHED = "not flushed: commit the session"
     OPEN = "its transaction is open: commit the session"
     ROLLED_BACK = "its transaction was rolled back"
     SAVEPOINT_ROLLED_BACK = "its savepoint was rolled back"

@@ -128,6 +128,11 @@ def test_wrong_arguments_are_named(streams: DurableStreams, name: str) -> None:
         streams.signed_stream_url(name, permissions=("read", "admin"))
     with pytest.raises(UnknownPermission):
         streams.signed_stream_url(name, permissions=())
+    with pytest.raises(UnknownPermission, match="got None"):
+        streams.signed_stream_url(name, permissions=None)  # type: ignore[arg-type]
+    for verb in (streams.signed_stream_url, streams.signed_stream_primitives):
+        with pytest.raises(UsageError, match="a timedelta or a number of seconds; got '1h'"):
+            verb(name, expires_in="1h")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="insert, update, upsert, delete"):
         streams.broadcast_event_to(name, type="n", key=1, value={}, operation="create")
     with pytest.raises(UsageError):

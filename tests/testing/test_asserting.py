@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
-import warnings
+from collections import UserList, deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, date, datetime
 from pathlib import Path
+from typing import Any
 from unittest import mock
 from uuid import UUID
 
@@ -307,13 +311,53 @@ def test_without_a_block_and_without_the_fixture_it_says_what_to_do() -> None:
 
 
 def test_an_assertion_that_is_never_entered_is_told_of() -> None:
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        assertion = assert_broadcasts("rooms")
-        del assertion
-    assert [str(each.message) for each in told] == [
-        "assert_broadcasts(...) was neither entered nor a statement of its own: nothing was checked"
-    ]
+    """Where no plugin fails the test for it, as with unittest."""
+    code = (
+        "from broadcastable.testing import assert_broadcasts\n"
+        "def helper():\n"
+        "    return assert_broadcasts('rooms')\n"
+        "helper()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (
+        "RuntimeWarning: assert_broadcasts(...) at <string>:3 was neither entered nor a statement of its own: nothing "
+        "was checked" in done.stderr
+    )
+
+
+def test_an_assertion_is_neither_true_nor_false(room: Room, broadcasts: Recording) -> None:
+    """`assert assert_broadcasts(room)` would pass whatever is broadcast."""
+    with pytest.raises(UsageError, match=r"as a statement of its own, or `with assert_broadcasts\(\.\.\.\):`"):
+        assert assert_broadcasts(room)
+    with pytest.raises(UsageError, match="assert_no_broadcasts"):
+        assert not assert_no_broadcasts(room)
+
+
+def test_an_assertion_that_is_awaited_looks_at_the_test_so_far(
+    durable_streams: DurableStreams, broadcasts: Recording
+) -> None:
+    async def scenario() -> None:
+        await assert_no_broadcasts("rooms")
+        insert(durable_streams, "rooms", name="a")
+        await assert_broadcasts("rooms", count=1)
+        with pytest.raises(AssertionError, match="there was 1"):
+            await assert_broadcasts("rooms", count=2)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("count", [-1, True, 1.0, "1"])
+def test_a_count_that_is_none_is_refused(count: Any) -> None:
+    with pytest.raises(UsageError, match="count is a number of events"):
+        assert_broadcasts("rooms", count=count)
+
+
+@pytest.mark.parametrize("sequence", [UserList, deque, iter, lambda each: dict(enumerate(each)).values()])
+def test_a_lone_record_is_one_in_any_sequence(
+    room: Room, durable_streams: DurableStreams, sequence: Callable[[list[object]], object]
+) -> None:
+    with assert_broadcasts(sequence([room])):
+        insert(durable_streams, room, "messages", body="beneath")
 
 
 # Captured

@@ -152,6 +152,26 @@ def test_what_cannot_be_delivered_is_named(
         drain()
 
 
+def test_what_can_be_delivered_is_although_something_else_cannot(
+    durable_streams: DurableStreams, memory_streams: MemoryStreams, broadcasts: Recording, drain: Drain
+) -> None:
+    """Also that of other instances, and everything that cannot is named at once."""
+    tenants = MemoryStreams()
+    with isolated_durable_streams(tenants) as tenant:
+        for streams in (durable_streams, tenant):
+            streams.ensure_stream_exists("closed")
+            streams.close_stream("closed")
+        durable_streams.broadcast_later_to("closed", name="late")
+        tenant.broadcast_later_to("closed", name="late")
+        tenant.broadcast_later_to("rooms", name="a")
+        durable_streams.broadcast_later_to("rooms", name="b")
+        with pytest.raises(AssertionError) as failure:
+            drain()
+        assert str(failure.value).count("closed:") == 2
+        assert tenants.events("rooms") == [{"name": "a"}]
+        assert memory_streams.events("rooms") == [{"name": "b"}]
+
+
 def test_events_reach_a_real_server_when_they_are_drained(stream_server: EmbeddedServer) -> None:
     with isolated_durable_streams(server_url=stream_server.url, signing_key=stream_server.settings.signing_key) as real:
         with capture_broadcasts("drained") as seen:

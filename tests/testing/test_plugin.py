@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import unittest
 
 import pytest
+
+from broadcastable.errors import UsageError
+from broadcastable.testing import BroadcastTestCase
 
 
 @pytest.fixture
@@ -72,8 +76,8 @@ def test_a_failure_fails_the_test_and_shows_its_line(suite: pytest.Pytester) -> 
         def test_statement(broadcasts):
             assert_broadcasts("rooms")
 
-        def test_never_entered(broadcasts):
-            check = assert_broadcasts("rooms")
+        def test_bool(broadcasts):
+            assert assert_broadcasts("rooms")
         """
     )
     result = suite.runpytest_subprocess()
@@ -87,10 +91,67 @@ def test_a_failure_fails_the_test_and_shows_its_line(suite: pytest.Pytester) -> 
             '>       assert_broadcasts("rooms")',
             "E       AssertionError: Expected at least 1 broadcast on rooms, but there was none.",
             "E       Nothing was broadcast on any other stream.",
-            "*RuntimeWarning: assert_broadcasts(...) was neither entered nor a statement of its own*",
+            '>       assert assert_broadcasts("rooms")',
+            "E       broadcastable.errors.UsageError: assert_broadcasts(...) is neither true nor false*",
         ]
     )
     result.stdout.no_fnmatch_line("*asserting.py:*in check_since*")
+
+
+def test_an_assertion_that_nobody_has_checked_fails_its_test(suite: pytest.Pytester) -> None:
+    """Whatever the warning filters say, and wherever the object is kept."""
+    suite.makeini("[pytest]\naddopts = -p no:cacheprovider\nfilterwarnings = ignore\n")
+    suite.makepyfile(
+        """
+        import asyncio
+        import unittest
+        import pytest
+        from broadcastable.testing import BroadcastTestCase, assert_broadcasts, assert_no_broadcasts
+
+        kept = []
+
+        def nothing_happens():
+            return assert_no_broadcasts("rooms")
+
+        def test_from_a_helper(broadcasts):
+            nothing_happens()
+
+        def test_named(broadcasts):
+            (check := assert_broadcasts("rooms"))
+
+        def test_kept(broadcasts):
+            kept.append(assert_broadcasts("rooms"))
+
+        @pytest.mark.anyio
+        async def test_async(broadcasts):
+            nothing_happens()
+
+        class Test(BroadcastTestCase, unittest.TestCase):
+            def test_in_a_case(self):
+                check = self.assert_broadcasts("rooms")
+
+        def test_that_fails_anyway(broadcasts):
+            check = assert_broadcasts("rooms")
+            1 / 0
+
+        def test_entered_later(broadcasts):
+            check = nothing_happens()
+            with check:
+                pass
+
+        def test_none_is_blamed_for_another(broadcasts):
+            kept.clear()
+        """
+    )
+    suite.makeconftest("import pytest\n@pytest.fixture\ndef anyio_backend(): return 'asyncio'\n")
+    result = suite.runpytest_subprocess("-p", "anyio")
+    result.assert_outcomes(failed=6, passed=2)
+    result.stdout.fnmatch_lines(
+        [
+            "assert_no_broadcasts(...) at *.py:9 was neither entered nor a statement of its own: nothing was checked",
+            "E*ZeroDivisionError*",
+        ]
+    )
 
 
 def test_every_xdist_process_records_its_own(suite: pytest.Pytester) -> None:
@@ -148,6 +209,49 @@ def test_a_suite_of_unittest_has_a_mixin(suite: pytest.Pytester) -> None:
     assert "Ran 4 tests" in result.stderr
     assert "FAILED (failures=1)" in result.stderr
     assert "AssertionError: Expected at least 1 broadcast on rooms, but there was none." in result.stderr
+
+
+def test_a_set_up_without_super_is_isolated_too(suite: pytest.Pytester) -> None:
+    suite.makepyfile(
+        test_rooms="""
+        import unittest
+        from broadcastable import current
+        from broadcastable.testing import BroadcastTestCase
+
+        class RoomTest(BroadcastTestCase, unittest.TestCase):
+            def setUp(self):
+                current().broadcast_to("rooms", name="set up")
+                self.addCleanup(self.look)
+
+            def look(self):
+                self.assert_broadcasts("rooms", count=3)
+
+            def tearDown(self):
+                current().broadcast_later_to("rooms", name="tear down")
+
+            def test_recorded(self):
+                current().broadcast_to("rooms", name="a")
+                self.assert_broadcasts("rooms", count=2)
+
+        RoomTest("test_recorded").debug()
+        """
+    )
+    unittest_run = [sys.executable, "-W", "error", "-m", "unittest", "test_rooms"]
+    result = subprocess.run(unittest_run, capture_output=True, text=True, check=False)
+    assert "Ran 1 test" in result.stderr
+    assert "\nOK" in result.stderr
+    suite.runpytest_subprocess().assert_outcomes(passed=1)
+
+
+@pytest.mark.parametrize("case", [unittest.TestCase, unittest.IsolatedAsyncioTestCase])
+def test_a_mixin_that_comes_too_late_is_refused(case: type[unittest.TestCase]) -> None:
+    with pytest.raises(UsageError, match=r"class Late\(BroadcastTestCase, unittest\.TestCase\)"):
+        type("Late", (case, BroadcastTestCase), {})
+    base = type("Base", (case,), {})
+    with pytest.raises(UsageError, match="comes before TestCase"):
+        type("Late", (base, BroadcastTestCase), {})
+    early = type("Early", (BroadcastTestCase, base), {})
+    assert type("Further", (early,), {})
 
 
 def test_pytest_does_not_load_the_package_before_a_fixture_is_asked_for(suite: pytest.Pytester) -> None:

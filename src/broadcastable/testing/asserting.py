@@ -1,7 +1,8 @@
 """`assert_broadcasts`, `assert_no_broadcasts` and `capture_broadcasts`: around a block, or over the test so far.
 
-A call that is a statement of its own checks at once what the fixture `broadcasts` has recorded. Any other call makes
-an object for `with` or `async with`, which records for the length of its block even where there is no fixture.
+A call that is a statement of its own checks at once what the fixture `broadcasts` has recorded, and so does `await`.
+Any other call makes an object for `with` or `async with`, which records for the length of its block even where there is
+no fixture. One that nobody enters has checked nothing: the pytest plugin fails such a test.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import dis
 import sys
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self, overload
 
@@ -30,13 +31,16 @@ class BroadcastAssertion:
         used: Somebody has entered it, or has it checked otherwise.
     """
 
-    def __init__(self, called: str, target: Target, wanted: Wanted, count: int | None) -> None:
+    def __init__(self, called: str, target: Target, wanted: Wanted, count: int | None, caller: FrameType) -> None:
         self._called = called
         self._target = target
         self._wanted = wanted
         self._count = count
+        self._made_at = f"{caller.f_code.co_filename}:{caller.f_lineno}"
         self.used = False
         self._holding = ExitStack()
+        for kept in list(_kept.values()):
+            kept.append(self)
 
     def check_since(self, start: tuple[int, int]) -> None:
         """Look at what was broadcast since *start*.
@@ -50,6 +54,32 @@ class BroadcastAssertion:
         found = sum(self._target.covers(each.stream) and self._wanted.matches(each) for each in seen)
         if found != self._count if self._count is not None else not found:
             raise AssertionError(report(self._target, self._wanted, self._count, seen, recorder.unsent_since(start)))
+
+    def check_so_far(self) -> None:
+        """Look at what the test has broadcast so far.
+
+        Raises:
+            AssertionError: See `check_since`.
+            UsageError: Nothing is recorded.
+        """
+        __tracebackhide__ = True
+        self.used = True
+        recording = current_recording()
+        if recording is None:
+            raise UsageError(nothing_recorded(self._called))
+        self.check_since(recording.begun())
+
+    def __await__(self) -> Generator[None]:
+        __tracebackhide__ = True
+        self.check_so_far()
+        yield from ()
+
+    def __bool__(self) -> bool:
+        self.used = True
+        raise UsageError(
+            f"{self._called}(...) is neither true nor false, so `assert` and `if` ask it in vain. Write it as a "
+            f"statement of its own, or `with {self._called}(...):`"
+        )
 
     def __enter__(self) -> None:
         self.used = True
@@ -76,11 +106,27 @@ class BroadcastAssertion:
 
     def __del__(self) -> None:
         if not self.used:
-            warnings.warn(
-                f"{self._called}(...) was neither entered nor a statement of its own: nothing was checked",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warnings.warn(self.in_vain(), RuntimeWarning, stacklevel=2)
+
+    def in_vain(self) -> str:
+        """What to say where nobody has used it."""
+        called = f"{self._called}(...) at {self._made_at}"
+        return f"{called} was neither entered nor a statement of its own: nothing was checked"
+
+
+_kept: dict[int, list[BroadcastAssertion]] = {}  # by identity, not by equality
+
+
+@contextmanager
+def keeping_unused() -> Iterator[list[BroadcastAssertion]]:
+    """The assertions made until the end of the block, in any thread, of which only the unused are left at its end."""
+    kept: list[BroadcastAssertion] = []
+    _kept[id(kept)] = kept
+    try:
+        yield kept
+    finally:
+        del _kept[id(kept)]
+        kept[:] = [each for each in kept if not each.used]
 
 
 def assert_broadcasts(
@@ -114,29 +160,27 @@ def assert_broadcasts(
 
     Raises:
         AssertionError: At the end of the block, or at once where there is none.
-        UsageError: There is neither a block nor the fixture `broadcasts`.
+        UsageError: There is neither a block nor the fixture `broadcasts`; or *count* or *operation* is none.
     """
     __tracebackhide__ = True
+    if count is not None and (count.__class__ is not int or count < 0):
+        raise UsageError(f"count is a number of events, 0 or more, or None for at least one; got {count!r}")
     wanted = wanted_from(type=type, operation=operation, key=key, value=value)
-    assertion = BroadcastAssertion("assert_broadcasts", target_from(streamables, exact=exact), wanted, count)
-    return _checked_if_statement(assertion, "assert_broadcasts", sys._getframe(1))
+    return _assertion("assert_broadcasts", target_from(streamables, exact=exact), wanted, count, sys._getframe(1))
 
 
 def assert_no_broadcasts(*streamables: Streamable, exact: bool = False) -> BroadcastAssertion:
     """Assert that nothing is broadcast; see `assert_broadcasts`. Without *streamables*, on no stream at all."""
     __tracebackhide__ = True
-    assertion = BroadcastAssertion("assert_no_broadcasts", target_from(streamables, exact=exact), Wanted(), 0)
-    return _checked_if_statement(assertion, "assert_no_broadcasts", sys._getframe(1))
+    return _assertion("assert_no_broadcasts", target_from(streamables, exact=exact), Wanted(), 0, sys._getframe(1))
 
 
-def _checked_if_statement(assertion: BroadcastAssertion, called: str, caller: FrameType) -> BroadcastAssertion:
+def _assertion(called: str, target: Target, wanted: Wanted, count: int | None, caller: FrameType) -> BroadcastAssertion:
+    """What *caller* gets, checked already where it keeps nothing."""
     __tracebackhide__ = True
+    assertion = BroadcastAssertion(called, target, wanted, count, caller)
     if _is_statement(caller):
-        recording = current_recording()
-        if recording is None:
-            assertion.used = True
-            raise UsageError(nothing_recorded(called))
-        assertion.check_since(recording.begun())
+        assertion.check_so_far()
     return assertion
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import unittest
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from broadcastable.durable_streams import DurableStreams
+from broadcastable.errors import UsageError
 
 from .asserting import assert_broadcasts, assert_no_broadcasts, capture_broadcasts
 from .isolation import isolated_durable_streams
@@ -22,7 +25,7 @@ else:
 class BroadcastTestCase(_TestCase):
     """Mixin: `class RoomTest(BroadcastTestCase, unittest.TestCase)`; with `IsolatedAsyncioTestCase` just so.
 
-    Each test records its broadcasts and sends nothing. A `setUp` of your own calls `super().setUp()` first.
+    Each test records its broadcasts and sends nothing, from before its `setUp` until after its clean-ups.
 
     Attributes:
         broadcasts: Everything broadcast in the test so far.
@@ -38,11 +41,29 @@ class BroadcastTestCase(_TestCase):
     assert_no_broadcasts = staticmethod(assert_no_broadcasts)
     capture_broadcasts = staticmethod(capture_broadcasts)
 
-    def setUp(self) -> None:
-        super().setUp()
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if unittest.TestCase in cls.__mro__[: cls.__mro__.index(BroadcastTestCase)]:
+            # Its run() would be found first, and that asks no other class.
+            raise UsageError(
+                f"{cls.__name__}: BroadcastTestCase comes before TestCase, or nothing is isolated. Write "
+                f"class {cls.__name__}(BroadcastTestCase, unittest.TestCase)"
+            )
+
+    def run(self, result: unittest.TestResult | None = None) -> unittest.TestResult | None:
+        # Not in setUp: one of the application's own that forgets super() would send its broadcasts out.
+        with self._isolated():
+            return super().run(result)
+
+    def debug(self) -> None:
+        with self._isolated():
+            super().debug()
+
+    @contextmanager
+    def _isolated(self) -> Iterator[None]:
         self.memory_streams = MemoryStreams()
-        self.durable_streams = self.enterContext(isolated_durable_streams(self.memory_streams))
-        self.broadcasts = self.enterContext(recording())
+        with isolated_durable_streams(self.memory_streams) as self.durable_streams, recording() as self.broadcasts:
+            yield
 
     def drain(self, timeout: float = 5.0) -> None:
         """Deliver what is kept, so that it can be read; see `testing.drain`."""

@@ -17,8 +17,10 @@ from sqlalchemy import event
 from sqlalchemy.orm import Session
 
 from broadcastable.client import stand_ins
+from broadcastable.declarations import declarations_of
 from broadcastable.durable_streams import DurableStreams, current, intercepting
 from broadcastable.events import Batch
+from broadcastable.mixin import Broadcastable
 from broadcastable.names import Streamable
 from broadcastable.transactions import waiting
 from broadcastable.unsent import Reason, Unsent, listening
@@ -59,7 +61,7 @@ class Recorder:
         self._listening.enter_context(intercepting(self))
         self._listening.enter_context(listening(self._note))
         self._sessions = WeakSet()
-        for name in ("after_begin", "after_flush"):
+        for name in ("after_begin", "after_attach", "after_flush"):
             event.listen(Session, name, self._notice)
             self._listening.callback(event.remove, Session, name, self._notice)
 
@@ -92,20 +94,22 @@ class Recorder:
             return self._broadcasts[start[0] :]
 
     def unsent_since(self, start: tuple[int, int]) -> list[Unsent]:
-        """What was not sent since *start*, and what waits in an open transaction now."""
+        """What was not sent since *start*, and what waits for a flush or in an open transaction now."""
         with self._lock:
             unsent = self._unsent[start[1] :]
             sessions = list(self._sessions)
         for session in sessions:
             for stream, count in waiting(session).items():
                 unsent += [Unsent(Reason.OPEN, stream=stream)] * count
+            unsent += [Unsent(Reason.UNFLUSHED, model=type(record).__name__) for record in _unflushed(session)]
         return unsent
 
     def deliver(self) -> None:
         """Send what is kept, in order, each through its sender's own outbox and relay, in this thread.
 
         Raises:
-            AssertionError: Something stays behind: a stream is parked or its server does not answer.
+            AssertionError: Something stays behind: a stream is parked or its server does not answer. Everything else is
+                delivered.
         """
         with self._lock:
             kept, self._kept = self._kept, []
@@ -113,7 +117,15 @@ class Recorder:
             sender.outbox.put(batches)
             for stream in dict.fromkeys(batch.stream for batch in batches):
                 sender.relay.deliver(stream)
-            _refuse_leftovers(sender)
+        _refuse_leftovers(*dict.fromkeys(sender for sender, _ in kept))
+
+
+def _unflushed(session: Session) -> Iterator[object]:
+    """The records of *session* that would be broadcast if somebody flushed it."""
+    changed = (record for record in session.dirty if session.is_modified(record))
+    for record in (*session.new, *changed, *session.deleted):
+        if isinstance(record, Broadcastable) and declarations_of(type(record)):
+            yield record
 
 
 def _origin(url: str) -> str:
@@ -196,10 +208,11 @@ def drain(durable_streams: DurableStreams | None = None, timeout: float = 5.0) -
     _refuse_leftovers(instance)
 
 
-def _refuse_leftovers(durable_streams: DurableStreams) -> None:
+def _refuse_leftovers(*senders: DurableStreams) -> None:
     left = [
         f"  {each.stream}: {each.parked or 'its server does not take it, see the log'}"
-        for each in durable_streams.outbox.pending()
+        for sender in senders
+        for each in sender.outbox.pending()
     ]
     if left:
         raise AssertionError("\n".join(["Not delivered:", *left]))

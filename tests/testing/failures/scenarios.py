@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -129,6 +130,29 @@ def test_transaction_still_open(room: Room, session: Session) -> None:
     with assert_broadcasts(room):
         session.add(Message(room_id=room.id, body="Hi"))
         session.flush()
+
+
+def test_not_flushed(room: Room, session: Session) -> None:
+    attic = session.get_one(Room, 2)
+    with assert_broadcasts(room):
+        session.add(Message(room_id=room.id, body="Hi"))
+        session.add(Message(room_id=room.id, body="Ho"))
+        room.name = "Foyer"
+        session.delete(attic)
+
+
+def test_in_bulk(room: Room, session: Session) -> None:
+    with assert_broadcasts("notices"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        session.execute(sa.insert(Notice), [{"id": 1, "published": True}])
+        session.commit()
+
+
+def test_in_bulk_by_choice(room: Room, session: Session) -> None:
+    with pytest.MonkeyPatch.context() as patch, assert_broadcasts("notices"):
+        patch.setattr(Notice, "__stream_bulk__", "ignore")
+        session.execute(sa.insert(Notice), [{"id": 1, "published": True}])
+        session.commit()
 
 
 def test_suppressed(room: Room, session: Session) -> None:
