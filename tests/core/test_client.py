@@ -7,6 +7,7 @@ import inspect
 import os
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import httpx
 import pytest
@@ -143,6 +144,50 @@ def test_a_repeatable_request_is_sent_again(client: StreamClient, origin: Origin
     assert origin.events(ROOM) == [1]
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(
+    ("told", "pauses"), [("0", [0.0]), ("1", [1.0]), ("1.5", None), (None, None), ("3", []), ("60", [])]
+)
+def test_the_next_attempt_comes_when_the_server_says_so(
+    origin: Origin,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    told: str | None,
+    pauses: list[float] | None,
+    asynchronous: bool,
+) -> None:
+    """As long as `Retry-After` says, where that is not too long; else a short pause of our own."""
+    slept: list[float] = []
+
+    async def sleep(pause: float) -> None:
+        slept.append(pause)
+
+    monkeypatch.setattr("broadcastable.client.time.sleep", slept.append)
+    monkeypatch.setattr("broadcastable.client.asyncio.sleep", sleep)
+    origin.faulty_methods = {"HEAD"}
+    origin.faults.append(answer(503, **({} if told is None else {"Retry_After": told})))
+    expected = pytest.raises(errors.StreamUnavailable) if pauses == [] else nullcontext()
+    keeper = Gatekeeper(settings)
+    with expected:
+        if asynchronous:
+
+            async def main() -> None:
+                client = AsyncStreamClient(settings, keeper, transport=origin.transport())
+                await client.create(ROOM)
+                await client.head(ROOM)
+
+            asyncio.run(main())
+        else:
+            client = StreamClient(settings, keeper, transport=origin.transport())
+            client.create(ROOM)
+            client.head(ROOM)
+    if pauses is None:
+        (pause,) = slept
+        assert 0 < pause < 0.2
+    else:
+        assert slept == pauses
+
+
 def test_an_append_without_a_frame_is_not_sent_again_when_nobody_knows(client: StreamClient, origin: Origin) -> None:
     client.create(ROOM)
     origin.faults.append(lose_answer)
@@ -202,18 +247,21 @@ def test_a_forked_child_has_connections_of_its_own(stream_server: object, settin
     here = settings.replace(server_url=stream_server.url)  # type: ignore[attr-defined]
     client = StreamClient(here, Gatekeeper(here))
     client.create("forked")
+    of_the_parent = client._connections()
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             client.append("forked", b'["child"]')
-            os.write(write, b"ok")
+            # Its own: on a shared socket either could read the other's answer, which seldom shows.
+            os.write(write, b"ok" if client._connections() is not of_the_parent else b"no")
         finally:
             os._exit(0)
     os.waitpid(child, 0)
     os.close(write)
     assert os.read(read, 2) == b"ok"
     os.close(read)
+    assert client._connections() is of_the_parent
     client.append("forked", b'["parent"]')
     assert client.read("forked").events == (b'"child"', b'"parent"')
     client.delete("forked")

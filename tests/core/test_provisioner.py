@@ -10,10 +10,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+import redis
 
 from broadcastable.client import AsyncStreamClient, StreamClient
 from broadcastable.errors import StreamUnavailable
-from broadcastable.provisioner import StreamProvisioner, arun, run
+from broadcastable.provisioner import OURS, Claim, Forget, StreamProvisioner, arun, run
 from broadcastable.settings import Settings
 from broadcastable.tokens import Gatekeeper
 from tests import services
@@ -151,6 +152,23 @@ def test_a_name_that_another_process_forgot_is_asked_for_again(
     assert origin.count("PUT") == 2
     first.close()
     second.close()
+
+
+def test_what_redis_is_told_is_forgotten_in_time(origin: Origin, settings: Settings, valkey_url: str) -> None:
+    """Else a stream that expired would be taken to be there for ever, and Redis would fill up."""
+    settings = settings.replace(redis_url=valkey_url, provisioned_for=60, request_timeout=2)
+    client = StreamClient(settings, Gatekeeper(settings), transport=origin.transport())
+    provisioner = StreamProvisioner(settings)
+    with redis.Redis.from_url(valkey_url) as store:
+        assert provisioner.shared(Claim(ROOM)) == OURS
+        (key,) = store.keys("*")
+        assert 0 < store.pttl(key) <= 4_000  # a claim whose process died holds up nobody for long
+        provisioner.shared(Forget(ROOM))
+        assert not store.keys("*")
+        run(provisioner.ensure(ROOM), client, provisioner)
+        (key,) = store.keys("*")
+        assert 50 < store.ttl(key) <= 60
+    provisioner.close()
 
 
 def test_servers_do_not_share_names(origin: Origin, settings: Settings, valkey_url: str) -> None:
