@@ -252,6 +252,7 @@ class BulkRows:
             for key in changed:
                 told.add(key, before.get(key), after.get(key), existed=not known)
             told.write()
+        recording.notes.settle(self._session, buffers)
 
     def _is_same(self, before: Row | None, after: Row | None) -> bool:
         if before is None or after is None:

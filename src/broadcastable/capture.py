@@ -10,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import datetime
 import decimal
+import functools
 import logging
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+from typing import Any, Concatenate, Final, ParamSpec, TypeAlias, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Mapper, Session, UOWTransaction
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.orm.base import NO_VALUE
@@ -60,8 +62,8 @@ def _after_flush(session: Session, context: UOWTransaction) -> None:
         level = buffers.level(session)
         level.mapper = level.mapper or plans[0][1]
         _Flush(notes, level, buffers.delivery_for(session), context).capture(plans)
-    notes.known_before.clear()
-    notes.expressions.clear()
+        notes.settle(session, buffers)
+    notes.forget_flush()
     if buffers.committing:
         buffers.finish(session)
 
@@ -94,7 +96,7 @@ class _Flushed:
         self.inserted.sort(key=_by_insert_order)
         if len(self.updated) > 1 or len(self.deleted) > 1:
             # The unit of work has sets; readers of a log like the same order each time.
-            with contextlib.suppress(TypeError):  # keys that do not compare
+            with contextlib.suppress(Exception):  # keys that do not compare
                 self.updated.sort(key=_by_key_of_first)
                 self.deleted.sort(key=_by_key)
         if maybe_replaced:
@@ -186,6 +188,8 @@ class _Flush(Recording):
                     coalesce(changes, entity, (False, True, body, None, on))
                 else:
                     changes[entity] = (False, True, body, None, on)
+            except DBAPIError:
+                raise
             except Exception as error:
                 self._failed(route, state, error)
 
@@ -215,6 +219,8 @@ class _Flush(Recording):
             except KeyError:
                 existed = changed.isdisjoint(placing)
                 self._guarded(self._arrive, route, state, existed)
+            except DBAPIError:
+                raise
             except Exception as error:
                 self._failed(route, state, error)
 
@@ -243,7 +249,12 @@ class _Flush(Recording):
         self, route: Route, flushed: _Flushed
     ) -> Iterator[tuple[Route, State, Handle, EntityKey, Change]]:
         """Note at once what leaves; yield what arrives."""
-        self._load_missing(route.plan, [*flushed.inserted, *(state for state, _ in flushed.updated)])
+        try:
+            self._load_missing(route.plan, [*flushed.inserted, *(state for state, _ in flushed.updated)])
+        except DBAPIError:
+            raise
+        except Exception as error:
+            log.debug("%s: what a flush wrote cannot be read together (%s)", route.plan.name, error)
         for state in (*flushed.deleted, *flushed.replaced):
             self._guarded(self._leave_indirect, route, state)
         for state in flushed.inserted:
@@ -265,7 +276,8 @@ class _Flush(Recording):
     def _update_indirect(self, route: Route, state: State) -> tuple[Handle, EntityKey, Change] | None:
         row = self._before(route.plan, state)
         record = state.obj()
-        now = self.place(route, record, state.dict)
+        with self._with_its_parents(route.plan, state):
+            now = self.place(route, record, state.dict)
         was = self._place_before(route, state, record, row, fallback=now[0])
         if was == now and now[0] is not NOWHERE:
             return self._arrive_indirect(route, state, self.old_value(route, row), place=now, existed=True)
@@ -283,16 +295,17 @@ class _Flush(Recording):
         existed: bool = False,
     ) -> tuple[Handle, EntityKey, Change] | None:
         record = state.obj()
-        handle, entity = place or self.place(route, record, state.dict)
-        if handle is NOWHERE:
-            if unsent.listeners:
-                unsent.note(unsent.Reason.UNWANTED, model=route.plan.name)
-            return None
-        row = _as_stored(route.plan, state)
-        if route.value_of is not None:
-            value = route.value_of(record, row, self.keys_as_strings)
-        else:
-            value = route.plan.reader(keys_as_strings=self.keys_as_strings)(row)
+        with self._with_its_parents(route.plan, state):
+            handle, entity = place or self.place(route, record, state.dict)
+            if handle is NOWHERE:
+                if unsent.listeners:
+                    unsent.note(unsent.Reason.UNWANTED, model=route.plan.name)
+                return None
+            row = _as_stored(route.plan, state)
+            if route.value_of is not None:
+                value = route.value_of(record, row, self.keys_as_strings)
+            else:
+                value = route.plan.reader(keys_as_strings=self.keys_as_strings)(row)
         return handle, entity, (existed, True, route.encode(entity[1], value), old, route.on)
 
     def _place_before(
@@ -301,10 +314,13 @@ class _Flush(Recording):
         before = RecordView(route.plan, row, record)
         try:
             return self.place(route, before, row)
+        except DBAPIError:
+            raise
         except Exception as error:
-            # What cannot be told of the past (a function that asks the database, a column nobody had loaded) is taken
-            # to be as it is now; a reader ignores the delete of a key that it does not have.
-            log.debug("%s %s: where it was before is not known (%s)", route.plan.name, _old_key(state), error)
+            # What cannot be told of the past is taken to be as it is now.
+            report_failure(
+                route.plan.name, _old_key(state), route, error, first=self._is_first_failure(route), before=True
+            )
             entity = (route.type, _old_key(state))
             if fallback is NOWHERE and not isinstance(route.target, RecordTarget):
                 return tuple(row[name] for name in route.target_attributes), entity
@@ -323,6 +339,21 @@ class _Flush(Recording):
             row = rows.get(key_text(_new_identity(plan, state)), {})
             for name in row.keys() - state.dict.keys():
                 set_committed_value(state.obj(), name, row[name])
+
+    @contextlib.contextmanager
+    def _with_its_parents(self, plan: Plan, state: State) -> Iterator[None]:
+        """Have the record show the parents that its foreign keys say, for as long as functions look at it."""
+        row = state.dict
+        corrections = self.parents.corrections(plan, row)
+        loaded = {name: row[name] for name in corrections if name in row}
+        row.update(corrections)
+        try:
+            yield
+        finally:
+            for name, parent in corrections.items():
+                if row.get(name) is parent:
+                    del row[name]
+            row.update(loaded)
 
     # Common to both
 
@@ -351,18 +382,26 @@ class _Flush(Recording):
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> T | None:
-        """Do *step*; whatever it raises costs this row's event, not the flush."""
+        """Do *step*; whatever it raises costs this row's event, not the flush.
+
+        But for an error of the database: after one PostgreSQL makes a ROLLBACK of the COMMIT, and says nothing.
+        """
         try:
             return step(route, state, *args, **kwargs)
+        except DBAPIError:
+            raise
         except Exception as error:
             self._failed(route, state, error)
             return None
 
     def _failed(self, route: Route, state: State, error: Exception) -> None:
+        key = state.key[1] if state.key is not None else tuple(state.dict.get(name) for name in route.plan.key)
+        report_failure(route.plan.name, _for_the_log(key), route, error, first=self._is_first_failure(route))
+
+    def _is_first_failure(self, route: Route) -> bool:
         first = route not in self.notes.failed
         self.notes.failed.add(route)
-        key = _old_key(state) if state.key is not None else state.dict.get(route.plan.key[0])
-        report_failure(route.plan.name, key, route, error, first=first)
+        return first
 
 
 # Rows
@@ -390,6 +429,13 @@ def _old_key(state: State) -> str:
     return key_text(state.key[1])
 
 
+def _for_the_log(key: tuple[Any, ...]) -> str:
+    try:
+        return key_text(key)
+    except Exception:
+        return f"with a key of {', '.join(type(part).__name__ for part in key)}"
+
+
 # Before the flush writes
 
 _PLAIN: Final = frozenset(
@@ -398,10 +444,31 @@ _PLAIN: Final = frozenset(
 """Types of values that are no SQL expressions; there are others, they take the longer way."""
 
 
+Hook: TypeAlias = Callable[[Mapper[Any], sa.Connection, State], None]
+
+
+def _harmless(hook: Hook) -> Hook:
+    """What is not known afterwards costs events, of which there is a report then, and not the flush."""
+
+    @functools.wraps(hook)
+    def wrapped(mapper: Mapper[Any], connection: sa.Connection, state: State) -> None:
+        try:
+            hook(mapper, connection, state)
+        except DBAPIError:
+            raise
+        except Exception as error:
+            log.debug("%s: rows cannot be read before they change (%s)", mapper.class_.__name__, error)
+
+    return wrapped
+
+
+@_harmless
 def _before_update(mapper: Mapper[Any], connection: sa.Connection, state: State) -> None:
     plan = mapper.class_.__dict__.get(PLAN_ATTRIBUTE)
     if plan is None:
         return
+    if plan.hops:
+        _keep_paths(plan, state)
     committed = state.committed_state
     row = state.dict
     for name, old in committed.items():
@@ -411,18 +478,34 @@ def _before_update(mapper: Mapper[Any], connection: sa.Connection, state: State)
             notes.expressions.setdefault(state, set()).add(name)
             if old is not NO_VALUE:
                 notes.known_before.setdefault(state, {})[name] = old
-    for name in plan.watched:
-        if committed.get(name) is NO_VALUE:
-            _read_before(plan, connection, state)
-            return
-    if plan.wants_old_values:
+    if plan.computed:
+        known = {name: row[name] for name in plan.computed if name in row and name not in committed}
+        if known:
+            notes_of(buffers_of(_session_of(state))).known_before.setdefault(state, {}).update(known)
+    seen = plan.equal if plan.indirect else plan.watched
+    if plan.wants_old_values or any(old is NO_VALUE and name in seen for name, old in committed.items()):
         _read_before_if_unknown(plan, connection, state)
 
 
+@_harmless
 def _before_delete(mapper: Mapper[Any], connection: sa.Connection, state: State) -> None:
     plan = mapper.class_.__dict__.get(PLAN_ATTRIBUTE)
-    if plan is not None:
-        _read_before_if_unknown(plan, connection, state)
+    if plan is None:
+        return
+    if plan.hops:
+        _keep_paths(plan, state)
+    _read_before_if_unknown(plan, connection, state)
+
+
+def _keep_paths(plan: Plan, state: State) -> None:
+    """The unit of work deletes children first: the rows on the way to their streams are still there."""
+    session = _session_of(state)
+    buffers = buffers_of(session)
+    notes = notes_of(buffers)
+    if plan not in notes.kept:
+        notes.kept.add(plan)
+        if session.deleted and not is_suppressed(plan.mapper.class_):
+            notes.paths(buffers.delivery_for(session)).keep_deleted(session, plan.hops)
 
 
 def _read_before_if_unknown(plan: Plan, connection: sa.Connection, state: State) -> None:
@@ -433,8 +516,11 @@ def _read_before_if_unknown(plan: Plan, connection: sa.Connection, state: State)
 def _unknown_before(plan: Plan, state: State) -> set[str]:
     """The needed attributes whose value in the database only the database knows."""
     row = _as_stored(plan, state)
-    wanted = plan.names if plan.wants_old_values or plan.indirect else plan.watched
-    return {name for name in wanted if state.committed_state.get(name) is NO_VALUE or name not in row} - set(plan.key)
+    committed = state.committed_state
+    wanted = set(plan.names if plan.wants_old_values or plan.indirect else plan.watched)
+    if plan.indirect:  # a function may have looked at a deferred column too
+        wanted.update(name for name, old in committed.items() if old is NO_VALUE and name in plan.equal)
+    return {name for name in wanted if committed.get(name) is NO_VALUE or name not in row} - set(plan.key)
 
 
 def _read_before(plan: Plan, connection: sa.Connection, state: State) -> None:

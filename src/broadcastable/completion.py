@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import sqlalchemy as sa
-from sqlalchemy.orm import Mapper, Session
+from sqlalchemy.orm import InstanceState, Mapper, Session
+from sqlalchemy.orm.base import NO_VALUE
 
 from .counters import counters
 from .declarations import Hop, PathTarget, Plan, Route
@@ -20,6 +21,8 @@ from .transactions import Change, Changes, Delivery, EntityKey, Level, Unread, c
 from .values import key_text
 
 log = logging.getLogger(__name__)
+
+State: TypeAlias = InstanceState[Any]
 
 _PARAMETERS: Final = 30_000
 """Bound parameters in one statement: below the limits of SQLite (32,766) and PostgreSQL (65,535)."""
@@ -68,21 +71,29 @@ def select_rows(
     return found
 
 
-def report_failure(model: str, key: object, route: Route, error: Exception, *, first: bool) -> None:
-    """Count an event that could not be made; log it, the first of its kind in a transaction in full."""
+def report_failure(
+    model: str, key: object, route: Route, error: Exception, *, first: bool, before: bool = False
+) -> None:
+    """Count an event that could not be made; log it, the first of its kind in a transaction in full.
+
+    Args:
+        before: What could not be told is where the row was before; if that was another stream, it stays there.
+    """
     counters.increment("events_failed")
+    what = "it cannot be told whether it left a stream" if before else "its event could not be made and is not sent"
     if first:
         log.error(
-            "%s %s is stored, but its event for %s could not be made and is not sent (%s: %s)",
+            "%s %s is stored, but for %s %s (%s: %s)",
             model,
             key,
             route,
+            what,
             type(error).__name__,
             error,
             exc_info=error,
         )
     else:
-        log.debug("%s %s: its event for %s is not sent either (%s)", model, key, route, error)
+        log.debug("%s %s: for %s %s either (%s)", model, key, route, what, error)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -152,21 +163,68 @@ class Underway:
 
 
 class PathReader:
-    """Follows paths from row to row. What it has found it knows until the transaction ends."""
+    """Follows paths from row to row, and reads the rows that the session does not hold, all of a class at once.
+
+    What arrives on a stream can wait for that until the commit, but not what leaves it: the rows on its way may be the
+    next ones to be deleted.
+    """
 
     def __init__(self, delivery: Delivery) -> None:
         self._delivery = delivery
         self._found: dict[Hop, dict[str, tuple[Any, ...] | None]] = {}
+        self._is_leaving = False
 
     def add(self, session: Session, level: Level, underway: Underway) -> None:
         """Have the change placed before the commit, in the order in which changes came.
 
-        What the session knows of the way is taken now: a row on it may be deleted before the commit.
+        What the session knows of the way is taken now.
         """
         end = self._walk(session, underway)
+        self._is_leaving |= end is None and not underway.change[1]
         level.wait_for(self, underway if end is None else dataclasses.replace(underway, end=end))
 
+    def keep_deleted(self, session: Session, hops: Iterable[Hop]) -> None:
+        """Within a flush, before it deletes: read the rows on the way that are going to be, and that are not loaded."""
+        deleted: list[State] = [sa.inspect(record) for record in session.deleted]
+        for hop in hops:
+            identities = {
+                key_text(state.key[1]): tuple(state.key[1])
+                for state in deleted
+                if state.key is not None
+                and state.mapper.isa(hop.mapper)
+                and any(name not in state.dict for name in hop.attributes)
+            }
+            if identities:
+                self._read_hop(session, hop, identities)
+
+    def settle(self, session: Session, levels: Iterable[Level]) -> None:
+        """A flush or a bulk statement is done: find where what left was, and with it all else that waits."""
+        try:
+            if self._is_leaving:
+                for level in levels:
+                    waiting: list[Underway] = level.waiting_for(self)
+                    self._read_gaps(session, waiting)
+                    waiting[:] = [
+                        dataclasses.replace(each, end=self._walk(session, each)) if each.end is None else each
+                        for each in waiting
+                    ]
+        finally:
+            self._is_leaving = False
+            self._found.clear()
+
     def read(self, session: Session, level: Level, waiting: list[Underway]) -> None:
+        self._read_gaps(session, waiting)
+        failures = 0
+        for underway in waiting:
+            try:
+                end = underway.end if underway.end is not None else self._walk(session, underway)
+                assert end is not None
+                self._place(level, underway, end)
+            except Exception as error:
+                report_failure(underway.route.plan.name, underway.entity[1], underway.route, error, first=not failures)
+                failures += 1
+
+    def _read_gaps(self, session: Session, waiting: Iterable[Underway]) -> None:
         while True:
             missing: dict[Hop, dict[str, tuple[Any, ...]]] = {}
             for underway in waiting:
@@ -178,15 +236,6 @@ class PathReader:
                 break
             for hop, identities in missing.items():
                 self._read_hop(session, hop, identities)
-        failures = 0
-        for underway in waiting:
-            try:
-                end = underway.end if underway.end is not None else self._walk(session, underway)
-                assert end is not None
-                self._place(level, underway, end)
-            except Exception as error:
-                report_failure(underway.route.plan.name, underway.entity[1], underway.route, error, first=not failures)
-                failures += 1
 
     def _read_hop(self, session: Session, hop: Hop, identities: dict[str, tuple[Any, ...]]) -> None:
         connection = session.connection(bind_arguments={"mapper": hop.mapper})
@@ -205,7 +254,7 @@ class PathReader:
             assert values is not None
             if any(value is None for value in values):
                 return ()
-            known, values = self._known(session, hop, values)
+            known, values = self._known(session, hop, values, before=not underway.change[1])
             if not known:
                 return None
             if values is None:
@@ -222,15 +271,21 @@ class PathReader:
             if values is None or any(value is None for value in values):
                 return None
             identity = values
-            known, values = self._known(session, hop, identity)
+            known, values = self._known(session, hop, identity, before=not underway.change[1])
             if not known:
                 return hop, identity
         return None
 
-    def _known(self, session: Session, hop: Hop, identity: tuple[Any, ...]) -> tuple[bool, tuple[Any, ...] | None]:
+    def _known(
+        self, session: Session, hop: Hop, identity: tuple[Any, ...], *, before: bool
+    ) -> tuple[bool, tuple[Any, ...] | None]:
         record = session.identity_map.get(hop.mapper.identity_key_from_primary_key(identity))
         if record is not None:
-            row = sa.inspect(record).dict
+            state: State = sa.inspect(record)
+            row = state.dict
+            if before:  # what leaves in the flush in which the row on its way changes
+                old = {name: value for name, value in state.committed_state.items() if value is not NO_VALUE}
+                row = {**row, **old}
             if all(name in row for name in hop.attributes):
                 return True, tuple(row[name] for name in hop.attributes)
         found = self._found.get(hop, {})

@@ -10,13 +10,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from operator import itemgetter, methodcaller
 from typing import Any, Final, TypeAlias
 
 import msgspec
 import sqlalchemy as sa
 from sqlalchemy.orm import InstanceState, Mapper, RelationshipDirection, RelationshipProperty
+from sqlalchemy.orm.exc import UnmappedColumnError
+from sqlalchemy.sql.visitors import iterate
 
 from .errors import DeclarationError, InvalidStreamName
 from .events import Operation, encode_json
@@ -31,6 +33,7 @@ from .values import (
     row_reader,
     row_value,
 )
+from .views import gid_of_stand_in, identity_now
 
 Predicate: TypeAlias = Callable[[Any], bool]
 ValueSource: TypeAlias = Callable[[Any], Any] | type
@@ -196,12 +199,15 @@ def _name_below(mapper: Mapper[Any] | None, values: Sequence[Any], suffix: tuple
 
 
 def _known(streamable: Any, app: str) -> Any:
-    """*streamable* with a gid in place of each record: inside the flush a new record has a key, but no identity yet."""
-    if isinstance(streamable, list | tuple):
+    """*streamable* with a gid in place of each record: inside the flush a record has a new key, but no identity yet."""
+    if isinstance(streamable, list | tuple | Iterator):
         return [_known(each, app) for each in streamable]
+    stands_for = gid_of_stand_in(streamable, app)
+    if stands_for is not None:
+        return stands_for
     state = sa.inspect(streamable, raiseerr=False)
-    if isinstance(state, InstanceState) and state.key is None:
-        identity = state.mapper.primary_key_from_instance(streamable)
+    if isinstance(state, InstanceState):
+        identity = identity_now(state)
         if not any(part is None for part in identity):
             return GID(app, gid_name(state.mapper.class_), tuple(key_part(part) for part in identity))
     return streamable
@@ -279,17 +285,48 @@ def _follow(mapper: Mapper[Any], name: str) -> tuple[tuple[str, ...], Mapper[Any
         known = ", ".join(sorted(mapper.relationships.keys())) or "none"
         raise DeclarationError(f"{cls} has no relationship {name!r}; it has {known}")
     parent = relationship.mapper
-    by_key: dict[str, str] = {}
-    if relationship.direction is RelationshipDirection.MANYTOONE:
-        for local, remote in relationship.local_remote_pairs or ():
-            by_key[parent.get_property_by_column(remote).key] = mapper.get_property_by_column(local).key
-    wanted = _key_names(parent)
-    if set(by_key) != set(wanted):
+    attributes = _foreign_key(mapper, relationship)
+    if attributes is None:
         raise DeclarationError(
             f"{cls}.{name} does not lead from a foreign key of {cls} to the primary key of {parent.class_.__name__}, "
             f"so the stream does not follow from the row. Give a function: streams_to(lambda record: ..., ...)"
         )
-    return tuple(by_key[key] for key in wanted), parent
+    return attributes, parent
+
+
+def _foreign_key(mapper: Mapper[Any], relationship: RelationshipProperty[Any]) -> tuple[str, ...] | None:
+    """The attributes of *mapper* that hold the primary key of the other side; None where that is not how it is told."""
+    if relationship.direction is not RelationshipDirection.MANYTOONE:
+        return None
+    parent = relationship.mapper
+    by_key: dict[str, str] = {}
+    try:
+        for local, remote in relationship.local_remote_pairs or ():
+            by_key[parent.get_property_by_column(remote).key] = mapper.get_property_by_column(local).key
+    except UnmappedColumnError:
+        return None
+    wanted = _key_names(parent)
+    return tuple(by_key[key] for key in wanted) if set(by_key) == set(wanted) else None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ParentLink:
+    """A many-to-one relationship *name*: where the *attributes* lead, which hold the primary key of *mapper*."""
+
+    name: str
+    attributes: tuple[str, ...]
+    mapper: Mapper[Any]
+
+
+def _parents(mapper: Mapper[Any]) -> dict[str, ParentLink]:
+    """The relationships whose other side follows from the foreign key alone."""
+    found = {}
+    for relationship in mapper.relationships:
+        attributes = _foreign_key(mapper, relationship)
+        comparisons = sum(isinstance(each, sa.BinaryExpression) for each in iterate(relationship.primaryjoin))
+        if attributes is not None and comparisons == len(attributes) and not relationship.uselist:
+            found[relationship.key] = ParentLink(relationship.key, attributes, relationship.mapper)
+    return found
 
 
 def _key_names(mapper: Mapper[Any]) -> tuple[str, ...]:
@@ -452,6 +489,12 @@ class Plan:
         # Functions of the application may look at any column.
         self.indirect = any(not route.direct for route in self.routes)
         self.wants_old_values = any(route.old_value for route in self.routes)
+        # What functions look at is needed as it was before; the database gives these new values by itself.
+        self.computed = frozenset(_computed(mapper)) if self.indirect or self.wants_old_values else frozenset()
+        self.parents = _parents(mapper) if self.indirect else {}
+        self.hops = tuple(
+            hop for route in self.routes if isinstance(route.target, PathTarget) for hop in route.target.hops
+        )
         self._readers: dict[bool, Callable[[Row], dict[str, Any]]] = {}
 
     def reader(self, *, keys_as_strings: bool) -> Callable[[Row], dict[str, Any]]:
@@ -465,6 +508,18 @@ class Plan:
     def names(self) -> tuple[str, ...]:
         """The attributes that every event of the class is made from."""
         return tuple(dict.fromkeys((*self.key, *self.watched, *(each.name for each in self.attributes))))
+
+
+def _computed(mapper: Mapper[Any]) -> Iterator[str]:
+    for attribute in mapper.column_attrs:
+        for column in attribute.columns:
+            if isinstance(column, sa.Column) and (
+                column.onupdate is not None
+                or column.server_onupdate is not None
+                or column.computed is not None
+                or column is mapper.version_id_col
+            ):
+                yield attribute.key
 
 
 PLAN_ATTRIBUTE: Final = "__stream_plan__"

@@ -20,6 +20,7 @@ from .names import GID, Streamable, gid_name, gid_of, stream_name_from
 from .suppression import is_suppressed, suppressing_streams
 from .transactions import may_do_io
 from .values import key_text, row_attributes, row_reader, row_value
+from .views import DELIVERY_KEY
 
 if TYPE_CHECKING:
     from .durable_streams import DurableStreams
@@ -190,6 +191,9 @@ def _durable_streams(record: Any) -> DurableStreams:
     from .durable_streams import current, durable_streams_for  # the verbs are called long after all modules are there
 
     state: InstanceState[Any] = sa.inspect(record)
+    if DELIVERY_KEY in state.info:  # a bulk statement's row that has taken the shape of a record
+        found: DurableStreams = state.info[DELIVERY_KEY]
+        return found
     return current() if state.session is None else durable_streams_for(state.session)
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-import types
 from typing import Any, Final, TypeAlias
 
-from sqlalchemy.orm import InstanceState, Session
+from sqlalchemy.orm import Session
 
-from .completion import NO_STREAM, PathReader, RowReader, Underway, changes_at
+from .completion import NO_STREAM, PathReader, RowReader, State, Underway, changes_at
 from .declarations import PathTarget, Plan, RecordTarget, Route
 from .events import check_text, encode_json
 from .transactions import Buffers, Change, Changes, Delivery, EntityKey, Level, coalesce
 from .values import event_key, key_text
-
-State: TypeAlias = InstanceState[Any]
+from .views import Parents, RecordView, bind
 
 
 class Notes:
@@ -25,9 +22,21 @@ class Notes:
         self.known_before: dict[State, dict[str, Any]] = {}
         # Of the flush: attributes set to an SQL expression; their history is gone when it ends.
         self.expressions: dict[State, set[str]] = {}
+        # Of the flush: classes of which the rows on their paths that it deletes have been read.
+        self.kept: set[Plan] = set()
         self.failed: set[Route] = set()
         self._rows: dict[Plan, RowReader] = {}
         self._paths: PathReader | None = None
+
+    def forget_flush(self) -> None:
+        self.known_before.clear()
+        self.expressions.clear()
+        self.kept.clear()
+
+    def settle(self, session: Session, buffers: Buffers) -> None:
+        """After a flush or a bulk statement, whose `Recording` is complete."""
+        if self._paths is not None:
+            self._paths.settle(session, buffers.levels.values())
 
     def paths(self, delivery: Delivery) -> PathReader:
         if self._paths is None:
@@ -64,16 +73,18 @@ class Recording:
         self.delivery = delivery
         self.app = delivery.settings.gid_app
         self.keys_as_strings = delivery.settings.keys_as_strings
+        self.parents = Parents(session)
 
     def place(self, route: Route, record: Any, row: Any) -> tuple[Handle, EntityKey]:
+        bind(record, self.parents, self.delivery)
+        if route.when is not None and not route.when(record):
+            return NOWHERE, (route.type, "")
         key = (
             event_key(route.key_of(record))
             if route.key_of is not None
             else key_text([row[name] for name in route.plan.key])
         )
         entity = (route.type, key)
-        if route.when is not None and not route.when(record):
-            return NOWHERE, entity
         if isinstance(route.target, RecordTarget):
             return route.target.name(record, self.app) or NOWHERE, entity
         return tuple(row.get(name) for name in route.target_attributes), entity
@@ -106,28 +117,4 @@ class Recording:
             coalesce(changes, entity, change)
 
 
-class RecordView:
-    """Shows the application's own functions a row as if it were a record: as it was before the flush, or in bulk.
-
-    Methods and properties of the class run on this view, so that `when=lambda message: message.is_public()` works. All
-    else, such as relationships, is that of *record*, if there is one.
-    """
-
-    def __init__(self, plan: Plan, row: dict[str, Any], record: Any = None) -> None:
-        self.__dict__["_broadcastable_view"] = plan, row, record
-
-    def __getattr__(self, name: str) -> Any:
-        plan, row, record = self.__dict__["_broadcastable_view"]
-        if name in row:
-            return row[name]
-        if name in plan.equal:
-            raise AttributeError(f"{plan.name}.{name} is not known of this row")
-        attribute = inspect.getattr_static(plan.mapper.class_, name, None)
-        if isinstance(attribute, types.FunctionType):
-            return types.MethodType(attribute, self)
-        getter = getattr(attribute, "fget", None)  # property, hybrid_property
-        if getter is not None:
-            return getter(self)
-        if record is None:
-            raise AttributeError(f"A bulk statement has rows, not records: {plan.name}.{name} cannot be had there")
-        return getattr(record, name)
+__all__ = ["NOWHERE", "Handle", "Notes", "RecordView", "Recording", "State", "notes_of"]

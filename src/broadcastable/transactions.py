@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import sqlalchemy as sa
 from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Mapper, Session, SessionTransaction, scoped_session
 from sqlalchemy.util.concurrency import in_greenlet
 
@@ -268,6 +269,10 @@ class Level:
         """Have *reader* read *waiting* before the commit."""
         self._unread.setdefault(reader, []).append(waiting)
 
+    def waiting_for(self, reader: Reader) -> list[Any]:
+        """What was given to `wait_for` for *reader*; may be changed in place."""
+        return self._unread.get(reader, [])
+
     def take_over(self, released: Level) -> None:
         for delivery, streams in released._deliveries.values():
             for name, changes in streams.items():
@@ -280,7 +285,16 @@ class Level:
         """Read what was captured incompletely. What one reader finds may give another one something to read."""
         while self._unread:
             reader = next(iter(self._unread))
-            reader.read(session, self, self._unread.pop(reader))
+            waiting = self._unread.pop(reader)
+            try:
+                reader.read(session, self, waiting)
+            except DBAPIError:
+                raise
+            except Exception:
+                counters.increment("events_failed", len(waiting))
+                log.exception(
+                    "%d rows are stored, but their events could not be completed and are not sent", len(waiting)
+                )
 
     def take_batches(self, txid: str, *, transactional: bool | None = None) -> Iterator[tuple[Delivery, list[Batch]]]:
         """Remove what waits here, as batches for each delivery; only for those that are *transactional*, or not."""
@@ -397,8 +411,7 @@ class Buffers:
             level.read_all(session)
             transactional = False
             for delivery, streams in level.deliveries():
-                if delivery.settings.txid_from == "postgres":
-                    txid(session)  # asks the database, which the commit is too late for
+                txid(session)  # the commit is too late to ask the database for it, or to say that it cannot be used
                 if delivery.transactional:
                     transactional = True
                 elif not session.twophase:  # between its two phases lies a time without bound
@@ -461,6 +474,8 @@ class Buffers:
 
     def rolled_back(self, session: Session) -> None:
         self._announced = 0
+        if self.notes is not None:
+            self.notes.forget_flush()  # a flush that fails does not reach its end
         if not session.in_nested_transaction():
             self._rolled_back = True
 

@@ -228,6 +228,61 @@ def test_a_parent_that_is_deleted_in_the_same_flush_is_still_known(session: Sess
     assert recorder.by_stream()["gid://app/Person/1/tasks"] == [("delete", "1")]
 
 
+@pytest.mark.parametrize("flushes", [1, 2], ids=["in the same flush", "in a later one"])
+@pytest.mark.parametrize("leave", ["delete", "move"])
+def test_a_parent_that_is_deleted_after_its_rows_is_still_known(
+    session: Session, recorder: Recorder, flushes: int, leave: str
+) -> None:
+    """What left a stream is looked up at once, and also if nothing of the way was loaded."""
+    session.add_all([Task(id=number, title=f"task {number}", person_id=1) for number in (1, 2)])
+    session.commit()
+    recorder.clear()
+    session.expunge_all()
+    tasks = session.scalars(sa.select(Task)).all()
+    person = session.get_one(Person, 1)
+    for task in tasks:
+        if leave == "delete":
+            session.delete(task)
+        else:
+            task.person_id = None
+    if flushes == 2:
+        session.expunge(person)
+        del person
+        session.flush()
+        person = session.get_one(Person, 1)
+    session.expire(person, ["org_id", "kind"])
+    session.delete(person)
+    session.commit()
+    assert recorder.by_stream()["gid://app/Org/1/tasks"] == [("delete", "1"), ("delete", "2")]
+    assert recorder.by_stream()["gid://app/Person/1/tasks"] == [("delete", "1"), ("delete", "2")]
+
+
+@pytest.mark.parametrize("unit_of_work", [True, False], ids=["by the session", "by SQL"])
+def test_rows_that_come_and_go_before_their_parent_dies_leave_no_trace(
+    session: Session, recorder: Recorder, unit_of_work: bool
+) -> None:
+    session.expunge_all()
+    session.add(Task(id=1, title="brief", person_id=1))
+    session.flush()
+    session.delete(session.get_one(Task, 1))
+    session.flush()
+    if unit_of_work:
+        session.delete(session.get_one(Person, 1))
+    else:
+        session.execute(sa.text("DELETE FROM people WHERE id = 1"))
+    session.commit()
+    assert recorder.batches == []
+
+
+def test_a_row_that_goes_as_its_parent_moves_leaves_the_stream_it_was_on(session: Session, recorder: Recorder) -> None:
+    add(session, recorder, person_id=1)
+    recorder.clear()
+    session.delete(session.get_one(Task, 1))
+    session.get_one(Person, 1).org_id = 2
+    session.commit()
+    assert recorder.by_stream()["gid://app/Org/1/tasks"] == [("delete", "1")]
+
+
 def test_a_composite_foreign_key_names_its_parent(session: Session, recorder: Recorder) -> None:
     add(session, recorder, slot_room="a/b", slot_hour=9)
     stream = "gid://app/Slot/a%2Fb/9/tasks"

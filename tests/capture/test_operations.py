@@ -11,9 +11,11 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, make_transient, mapped_column
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, make_transient, mapped_column, object_session
 
 from broadcastable import Broadcastable, streams_to
+from broadcastable.counters import counters
 from broadcastable.transactions import Change, Changes, coalesce
 from tests.capture.models import Board, Card, Team
 from tests.capture.recorder import Recorder
@@ -326,6 +328,122 @@ def test_server_defaults_that_the_flush_does_not_fetch_are_read_with_one_select(
         (event,) = recorder.events("entries")
         assert (event["value"]["state"], event["value"]["edits"]) == ("old", 1)
         assert recorder.summary("loud") == ([("delete", "entry", "1")] if functions else [])
+
+
+def test_what_a_failed_flush_has_noted_is_forgotten(session: Session, recorder: Recorder) -> None:
+    """A flush that fails does not reach its end; the next one must not take its old values for today's."""
+    session.add(Board(id=3, name="other"))
+    session.commit()
+    recorder.clear()
+    card = session.get_one(Card, 1)
+    savepoint = session.begin_nested()
+    session.expire(card)
+    card.board_id = 2
+    session.add(Card(id=90))  # its title is missing
+    with pytest.raises(IntegrityError):
+        session.flush()
+    savepoint.rollback()
+    session.execute(sa.update(Card).where(Card.id == 1).values(board_id=2))
+    card.board_id = 3
+    session.commit()
+    assert recorder.by_stream() == {CARDS_1: [("delete", "1")], "gid://app/Board/3/cards": [("insert", "1")]}
+
+
+class Own(DeclarativeBase):
+    type_annotation_map = {str: sa.String(50)}  # noqa: RUF012 - MariaDB wants a length
+
+
+class Wordless:
+    """A key as applications have them, but it cannot say what it is."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Wordless) and other.number == self.number
+
+    def __hash__(self) -> int:
+        return self.number
+
+    def __lt__(self, other: Wordless) -> bool:
+        return self.number < other.number
+
+    def __str__(self) -> str:
+        raise ZeroDivisionError("on purpose")
+
+    __repr__ = __str__
+
+
+class WordlessKey(sa.TypeDecorator[Wordless]):
+    impl = sa.Integer
+    cache_ok = True
+
+    def process_bind_param(self, value: Wordless | None, dialect: Any) -> int | None:
+        return None if value is None else value.number
+
+    def process_result_value(self, value: int | None, dialect: Any) -> Wordless | None:
+        return None if value is None else Wordless(value)
+
+
+class Item(Own, Broadcastable):
+    __tablename__ = "items"
+    __streams__ = (streams_to("items", old_value=True), streams_to("listed", when=lambda item: item.name is not None))
+    id: Mapped[Wordless] = mapped_column(WordlessKey(), primary_key=True)
+    name: Mapped[str]
+    state: Mapped[str] = mapped_column(server_default="new")
+
+
+def test_a_key_that_has_no_text_costs_events_and_no_commit(engine: sa.Engine, recorder: Recorder) -> None:
+    Own.metadata.create_all(engine)
+    failed = counters["events_failed"]
+    with Session(engine, info={"durable_streams": recorder}) as session:
+        items = [Item(id=Wordless(1), name="a"), Item(id=Wordless(2), name="b")]
+        session.add_all(items)
+        session.commit()
+        for item in items:
+            item.name = "c"
+        session.commit()
+        session.delete(items[0])
+        session.commit()
+        assert session.scalars(sa.select(Item.name)).all() == ["c"]
+    assert recorder.batches == []
+    assert counters["events_failed"] > failed
+
+
+class Asked(Own, Broadcastable):
+    __tablename__ = "asked"
+    __streams__ = (streams_to("direct"), streams_to("asked", when=lambda record: asks_in_vain(record)))
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+
+
+def asks_in_vain(record: Asked) -> bool:
+    if record.name == "ask":
+        session = object_session(record)
+        assert session is not None
+        session.execute(sa.text("SELECT nothing_of_the_kind"))
+    return True
+
+
+def test_an_error_of_the_database_in_a_function_is_the_flushs_own(engine: sa.Engine, recorder: Recorder) -> None:
+    """PostgreSQL has given up the transaction then, and its COMMIT would be a ROLLBACK that nobody hears of."""
+    Own.metadata.create_all(engine)
+    with Session(engine, info={"durable_streams": recorder}) as session:
+        session.add_all([Asked(id=1, name="ask"), Asked(id=2, name="quiet")])
+        with pytest.raises(DBAPIError):
+            session.commit()
+        session.rollback()
+        assert recorder.batches == []
+        assert session.scalars(sa.select(Asked)).all() == []
+        session.add(Asked(id=3, name="quiet"))
+        session.commit()
+        assert recorder.by_stream() == {"direct": [("insert", "3")], "asked": [("insert", "3")]}
+        recorder.clear()
+        session.get_one(Asked, 3).name = "ask"
+        with pytest.raises(DBAPIError):
+            session.commit()
+        session.rollback()
+    assert recorder.batches == []
 
 
 def statements(engine: Any, step: Callable[[], None]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -472,6 +473,24 @@ def test_a_txid_is_text(session: Session, wrong: Any) -> None:
     session.info[transactions.TXID_KEY] = wrong
     with pytest.raises(UsageError, match="text"):
         txid(session)
+
+
+@pytest.mark.parametrize("transactional", [False, True])
+def test_a_txid_that_cannot_be_used_is_refused_before_anything_is_stored(
+    session: Session, recorder: Recorder, transactional: bool
+) -> None:
+    """After the commit it would be too late: the events of the whole transaction would be lost."""
+    recorder.transactional = transactional
+    session.info[transactions.TXID_KEY] = uuid.uuid4()
+    change(session, "a")
+    with pytest.raises(UsageError, match="text"):
+        session.commit()
+    session.rollback()
+    assert session.get_one(Card, 1).title == "one"
+    del session.info[transactions.TXID_KEY]
+    change(session, "b")
+    session.commit()
+    assert titles(recorder) == ["b"]
 
 
 def test_the_database_may_give_the_txid(session: Session, recorder: Recorder) -> None:
