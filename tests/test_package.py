@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import broadcastable
@@ -47,11 +50,35 @@ def test_the_version_is_written_once() -> None:
 
 def test_the_project_speaks_of_itself_alone() -> None:
     """No machine's paths and no registry's host names anywhere in what is released."""
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     forbidden = re.compile(r"/root/|/work/|registry\.npmjs|pypi\.org/simple|files\.pythonhosted|deb\.debian\.org")
-    named_here = {"tests/test_package.py"}
-    for name in files:
+    files = [path for path in released_files() if path.suffix not in {".png", ".jpg", ".ico", ".woff2"}]
+    assert ROOT / "src" / "broadcastable" / "__init__.py" in files
+    for path in files:
+        if path != Path(__file__):
+            assert not forbidden.search(path.read_text(errors="replace")), path
+
+
+def test_the_source_distribution_has_all_that_its_tests_need() -> None:
+    """tox runs in an unpacked one, where there is no repository."""
+    included = sdist_includes()
+    assert all((ROOT / name).exists() for name in included)
+    named = set(re.findall(r"(?<![\w/])(\.ci|tests|docs|examples|benchmarks|src)\b", (ROOT / "tox.ini").read_text()))
+    assert {".ci", "tests"} <= named <= set(included)
+
+
+def sdist_includes() -> list[str]:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    included: list[str] = settings["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    return included
+
+
+def released_files() -> Iterator[Path]:
+    """What a source distribution holds, found without git."""
+    made = {"__pycache__", "node_modules", "_build", "dist"}
+    for name in (*sdist_includes(), "README.md", "LICENSE", "pyproject.toml"):
         path = ROOT / name
-        if name in named_here or not path.is_file() or path.suffix in {".png", ".jpg", ".ico", ".woff2"}:
-            continue
-        assert not forbidden.search(path.read_text(errors="replace")), name
+        if path.is_file():
+            yield path
+        for folder, folders, files in os.walk(path):
+            folders[:] = [each for each in folders if each not in made and not each.startswith(".")]
+            yield from (Path(folder, each) for each in files if not each.startswith(".") and not each.endswith(".pyc"))
