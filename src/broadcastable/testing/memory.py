@@ -21,7 +21,7 @@ import msgspec
 
 from broadcastable.client import stand_ins
 from broadcastable.names import Streamable, stream_name_from
-from broadcastable.protocol import BEGINNING, JSON
+from broadcastable.protocol import BEGINNING, JSON, is_json
 
 _numbers = itertools.count(1)
 
@@ -33,6 +33,7 @@ class _Stream:
     events: list[bytes] = field(default_factory=list)
     producers: dict[str, tuple[int, int]] = field(default_factory=dict)
     closed: bool = False
+    last_frame: tuple[str, str, str] | None = None
 
     @property
     def tail(self) -> str:
@@ -101,7 +102,10 @@ class MemoryStreams(httpx.MockTransport):
 
     def _answer(self, request: httpx.Request) -> httpx.Response:
         path = request.url.raw_path.split(b"?")[0].removeprefix(b"/v1/streams/")
-        name = unquote_to_bytes(path).decode()
+        try:
+            name = unquote_to_bytes(path).decode()
+        except UnicodeDecodeError:
+            return httpx.Response(400)
         with self._lock:
             match request.method:
                 case "PUT":
@@ -115,13 +119,18 @@ class MemoryStreams(httpx.MockTransport):
         return httpx.Response(405)
 
     def _create(self, name: str, request: httpx.Request) -> httpx.Response:
-        content_type = request.headers.get("Content-Type", "application/octet-stream")
+        content_type = request.headers.get("Content-Type") or "application/octet-stream"
         ttl = request.headers.get("Stream-TTL")
+        closed = _closes(request)
         stream = self._streams.get(name)
         new = stream is None
         if stream is None:
-            stream = self._streams[name] = _Stream(content_type, ttl)
-        elif (stream.content_type, stream.ttl) != (content_type, ttl):
+            try:
+                events = _events_of(request.content, _essence(content_type))
+            except ValueError:
+                return httpx.Response(400)
+            stream = self._streams[name] = _Stream(content_type, ttl, events, closed=closed)
+        elif (_essence(stream.content_type), stream.ttl, stream.closed) != (_essence(content_type), ttl, closed):
             return httpx.Response(409)
         return _response(201 if new else 200, stream, {"location": str(request.url)})
 
@@ -129,14 +138,20 @@ class MemoryStreams(httpx.MockTransport):
         stream = self._streams.get(name)
         if stream is None:
             return httpx.Response(404)
-        closing = request.headers.get("Stream-Closed", "").lower() == "true"
+        closing = _closes(request)
         if stream.closed:
+            frame = _frame(request)
+            if frame is not None and frame == stream.last_frame:
+                return _response(204, stream, {"producer-epoch": frame[1], "producer-seq": frame[2]})
             return _response(204 if closing and not request.content else 409, stream)
-        if request.content and request.headers.get("Content-Type") != stream.content_type:
+        content_type = request.headers.get("Content-Type")
+        if request.content and content_type is None:
+            return httpx.Response(400)
+        if content_type is not None and request.content and _essence(content_type) != _essence(stream.content_type):
             return httpx.Response(409)
         try:
-            events = _events_of(request.content, stream.content_type)
-        except msgspec.DecodeError:
+            events = _events_of(request.content, _essence(stream.content_type))
+        except ValueError:
             return httpx.Response(400)
         if not events and not closing:
             return httpx.Response(400)
@@ -145,6 +160,7 @@ class MemoryStreams(httpx.MockTransport):
             return refused
         stream.events += events
         stream.closed = closing
+        stream.last_frame = _frame(request)
         return _response(204 if produced is None else 200, stream, produced)
 
     def _read(self, name: str, request: httpx.Request) -> httpx.Response:
@@ -160,7 +176,7 @@ class MemoryStreams(httpx.MockTransport):
         if start is None or (live is not None and "offset" not in query):
             return httpx.Response(400)
         body = b"".join(stream.events[start:])
-        if stream.content_type == JSON:
+        if _essence(stream.content_type) == JSON:
             body = b"[" + b",".join(stream.events[start:]) + b"]"
         headers = {"stream-up-to-date": "true", "cache-control": "no-store"}
         if live == "sse":
@@ -176,11 +192,28 @@ class MemoryStreams(httpx.MockTransport):
         return _response(200, stream, headers, body)
 
 
+def _essence(content_type: str) -> str:
+    """The media type without its parameters."""
+    return content_type.partition(";")[0].strip().lower()
+
+
+def _closes(request: httpx.Request) -> bool:
+    return bool(request.headers.get("Stream-Closed", "").lower() == "true")
+
+
+def _frame(request: httpx.Request) -> tuple[str, str, str] | None:
+    named = [request.headers.get(name) for name in ("Producer-Id", "Producer-Epoch", "Producer-Seq")]
+    return None if None in named else (named[0], named[1], named[2])
+
+
 def _events_of(body: bytes, content_type: str) -> list[bytes]:
+    """The events in *body*; ValueError where they should be JSON and are not."""
     if content_type != JSON:
         return [body] if body else []
     if not body:
         return []
+    if not is_json(body):
+        raise ValueError("not JSON")
     # An array is taken apart by one level, anything else is one event (protocol, 7.1).
     if body.lstrip().startswith(b"["):
         return [bytes(event) for event in msgspec.json.decode(body, type=list[msgspec.Raw])]
