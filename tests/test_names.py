@@ -6,6 +6,7 @@ import datetime
 import decimal
 import enum
 import re
+import sys
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +18,7 @@ from hypothesis import assume, given, reject
 from hypothesis import strategies as st
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, make_transient, mapped_column
 
-from broadcastable import settings
+from broadcastable import Broadcastable, settings
 from broadcastable.errors import InvalidStreamName, UnknownModelError, UnsavedRecordError
 from broadcastable.names import (
     GID,
@@ -26,6 +27,7 @@ from broadcastable.names import (
     gid_of,
     identity_from,
     key_part,
+    locate,
     shard_of,
     stream_name_from,
     stream_path,
@@ -65,6 +67,11 @@ class Seat(Base):
 
 class Stool(Seat):
     pass
+
+
+class Vault(Base, Broadcastable):
+    __tablename__ = "vaults"
+    id: Mapped[int] = mapped_column(primary_key=True)
 
 
 @pytest.fixture
@@ -256,6 +263,22 @@ def test_a_key_that_does_not_fit_its_column_names_the_model(column_type: Any, te
     )
     with pytest.raises(UnknownModelError, match="Thing"):
         identity_from(model, GID("app", "Thing", (text,)))
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**30, 10**5000], ids=["2**63", "-2**63-1", "10**30", "long"])
+def test_a_number_that_no_driver_takes_names_no_row(session: Session, number: int) -> None:
+    """A gid may come from anywhere; what is wrong with it is the library's error, not the driver's."""
+    sys.set_int_max_str_digits(0)
+    try:
+        gid = GID("app", "Vault", (str(number),))
+    finally:
+        sys.set_int_max_str_digits(sys.int_info.default_max_str_digits)
+    with pytest.raises(UnknownModelError, match="the key does not fit Vault"):
+        locate(session, gid)
+
+
+def test_a_number_that_is_just_large_is_looked_for(session: Session) -> None:
+    assert locate(session, f"gid://app/Vault/{2**63 - 1}") is None
 
 
 def test_a_key_of_the_wrong_length_is_refused() -> None:

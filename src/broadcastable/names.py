@@ -224,7 +224,12 @@ def locate(session: Session, gid: str | GID) -> Any:
             f"{parsed} belongs to the application {parsed.app!r}, not {current_settings().gid_app!r}"
         )
     model = broadcastable_model(parsed.model)
-    return session.get(model, identity_from(model, parsed))
+    identity = identity_from(model, parsed)
+    try:
+        return session.get(model, identity)
+    except (OverflowError, sa.exc.DataError) as error:
+        # A driver refuses a number that the column cannot hold.
+        raise UnknownModelError(f"{parsed}: the key does not fit {model.__name__}") from error
 
 
 def identity_from(model: type, gid: GID) -> tuple[Any, ...]:
@@ -257,4 +262,7 @@ def _from_text(column_type: Any, text: str) -> Any:
         return {key_part(member): member for member in python_type}[text]
     if python_type is bool:
         return {"True": True, "False": False}[text]
-    return python_type(text)
+    value = python_type(text)
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
+        raise ValueError("no database has so large a number as a key")
+    return value
