@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,10 +93,13 @@ def parsed(batches: Sequence[Batch], stream: str | None = None) -> list[Row]:
     return events
 
 
-def fold(batches: Sequence[Batch]) -> Fold:
+def fold(batches: Sequence[Batch], *, lenient: Callable[[str], bool] = lambda key: False) -> Fold:
     """Each stream as a reader has it who read everything; strict where a client would be lenient.
 
     An insert of a key that is there, an update or a delete of one that is not: each is a phantom or a lost event.
+
+    Args:
+        lenient: Whether a key is that of a row of which readers may have missed something.
     """
     state: Fold = {}
     for batch in batches:
@@ -104,12 +107,12 @@ def fold(batches: Sequence[Batch]) -> Fold:
         for event in parsed([batch]):
             key = (event["type"], event["key"])
             operation = event["headers"]["operation"]
-            assert (key in rows) is (operation != "insert"), (
+            assert lenient(event["key"]) or (key in rows) is (operation != "insert"), (
                 f"{operation} of {key} on {batch.stream}; it has {list(rows)}"
             )
             assert event["headers"]["txid"] == batch.txid
             if operation == "delete":
-                del rows[key]
+                rows.pop(key, None)
             else:
                 rows[key] = event["value"]
     return {stream: rows for stream, rows in state.items() if rows}
