@@ -157,9 +157,7 @@ def test_uncommitted_changes_are_refused(tables: sa.Engine, durable_streams: Dur
     durable_streams.delete_stream("room")
 
 
-def test_flushed_changes_that_are_not_committed_are_refused(
-    postgres_url: str, durable_streams: DurableStreams
-) -> None:
+def test_flushed_changes_that_are_not_committed_are_refused(postgres_url: str, durable_streams: DurableStreams) -> None:
     """Under READ COMMITTED the statement would show them, and a rollback would take them away without an event."""
     engine = services.open_engine(postgres_url)
     Base.metadata.create_all(engine)
