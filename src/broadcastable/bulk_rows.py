@@ -199,7 +199,9 @@ class BulkRows:
 
     def _all(self) -> sa.Select[Any]:
         cls = self.plan.mapper.class_
-        return sa.select(*(getattr(cls, name).label(f"c{index}") for index, name in enumerate(self.plan.names)))
+        columns = [getattr(cls, name).label(f"c{index}") for index, name in enumerate(self.plan.names)]
+        wanted: Any = sa.select(*columns)
+        return wanted  # type: ignore[no-any-return] - the type checkers number its columns differently
 
     def _select(self, statement: sa.Select[Any], params: Any = None, *, lock: bool) -> Rows:
         """Through the connection: no hook of the application hides a row, and nothing is flushed."""

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 from urllib.parse import quote, unquote
 
 import sqlalchemy as sa
+from sqlalchemy.exc import DataError
 from sqlalchemy.orm import InstanceState, Mapper, Session
 
 from .errors import InvalidStreamName, UnknownModelError, UnsavedRecordError
@@ -227,7 +228,7 @@ def locate(session: Session, gid: str | GID) -> Any:
     identity = identity_from(model, parsed)
     try:
         return session.get(model, identity)
-    except (OverflowError, sa.exc.DataError) as error:
+    except (OverflowError, DataError) as error:
         # A driver refuses a number that the column cannot hold.
         raise UnknownModelError(f"{parsed}: the key does not fit {model.__name__}") from error
 

@@ -101,7 +101,7 @@ class Parent:
         self.__dict__["_broadcastable_parent"] = session, mapper, identity
 
     @property  # type: ignore[misc]
-    def __class__(self) -> Any:
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] - nobody sets it
         return self.__dict__["_broadcastable_parent"][1].class_
 
     def __getattr__(self, name: str) -> Any:
@@ -133,7 +133,7 @@ class RecordView:
         self.__dict__["_broadcastable_view"] = plan, row, record
 
     @property  # type: ignore[misc]
-    def __class__(self) -> Any:
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] - nobody sets it
         # Lets isinstance() and super() in the methods of the model have their way.
         return self.__dict__["_broadcastable_view"][0].mapper.class_
 
@@ -153,8 +153,9 @@ class RecordView:
             raise AttributeError(f"{plan.name}.{name} is not known of this row")
         attribute = inspect.getattr_static(mapper.class_, name, None)
         is_mapped = isinstance(attribute, InspectionAttr) and not isinstance(attribute, hybrid_method | hybrid_property)
-        if hasattr(attribute, "__get__") and not is_mapped:
-            return attribute.__get__(self, mapper.class_)  # methods, properties
+        binds = getattr(attribute, "__get__", None)
+        if binds is not None and not is_mapped:
+            return binds(self, mapper.class_)  # methods, properties
         return getattr(record, name)
 
 
