@@ -174,7 +174,7 @@ class BulkRows:
         table = self.plan.mapper.local_table
         lock = self._connection.dialect.name not in _LOCKING_GAPS
         rows: Rows = {}
-        for names, values in conflicts.items():
+        for names, values in sorted(conflicts.items()):  # a table has its constraints in a set
             rows |= self._having([table.columns[name] for name in names], list(dict.fromkeys(values)), lock=lock)
         return rows
 
@@ -197,11 +197,10 @@ class BulkRows:
         criteria = [each for each in statement._with_options if isinstance(each, LoaderCriteriaOption)]
         return self._select(wanted.options(*criteria), params, lock=True)
 
-    def _all(self) -> sa.Select[Any]:
+    def _all(self) -> Any:
         cls = self.plan.mapper.class_
         columns = [getattr(cls, name).label(f"c{index}") for index, name in enumerate(self.plan.names)]
-        wanted: Any = sa.select(*columns)
-        return wanted  # type: ignore[no-any-return] - the type checkers number its columns differently
+        return sa.select(*columns)
 
     def _select(self, statement: sa.Select[Any], params: Any = None, *, lock: bool) -> Rows:
         """Through the connection: no hook of the application hides a row, and nothing is flushed."""
