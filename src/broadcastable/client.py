@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import threading
 import time
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import httpx
 
+from . import jitter
 from .errors import StreamTimeout, StreamUnavailable
 from .names import shard_of
 from .outbox import FrameId
@@ -98,7 +98,7 @@ class _Sending:
             return None
         if attempt >= ATTEMPTS or wanted == -1.0 or (wanted or 0) > _LONGEST_WAIT:
             return None
-        return wanted if wanted is not None else 0.05 * 2**attempt * random.uniform(0.5, 1.0)
+        return wanted if wanted is not None else 0.05 * 2**attempt * jitter.between(0.5, 1.0)
 
 
 class StreamClient(_Sending):

@@ -16,7 +16,6 @@ import contextlib
 import copy
 import heapq
 import logging
-import random
 import sys
 import threading
 import time
@@ -32,6 +31,8 @@ from dramatiq.errors import ConnectionClosed
 from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError
 from redis.retry import Retry
+
+from . import jitter
 
 log = logging.getLogger(__name__)
 
@@ -236,7 +237,7 @@ class BlockingConsumer(Consumer):
         # The same broker and worker to Redis, but each of its commands puts back what dead workers held.
         self._maintainer = copy.copy(broker)
         self._maintainer.maintenance_chance = sys.maxsize
-        self._maintenance_at = time.monotonic() + self._maintenance_interval * random.uniform(0.5, 1.0)
+        self._maintenance_at = time.monotonic() + self._maintenance_interval * jitter.between(0.5, 1.0)
         self._beat_at = 0.0
         self._room = threading.Event()
         self._etas: list[tuple[int, str]] = []
@@ -304,7 +305,7 @@ class BlockingConsumer(Consumer):
         now = time.monotonic()
         broker = self._broker
         if now >= self._maintenance_at:
-            self._maintenance_at = now + self._maintenance_interval * random.uniform(0.8, 1.2)
+            self._maintenance_at = now + self._maintenance_interval * jitter.between(0.8, 1.2)
             broker = self._maintainer
         messages: list[bytes | None] = broker.do_fetch(self._stock.queue_name, max(room, 0))
         self._beat_at = time.monotonic() + self._heartbeat

@@ -9,7 +9,6 @@ number that the server does not expect leads to a look, a new epoch, and one war
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from . import jitter
 from .circuit import FAILURES, PAUSE, Circuit
 from .client import StreamClient
 from .counters import counters
@@ -161,7 +161,7 @@ class Relay:
         except StreamUnavailable as error:
             if _is_unanswered(error):
                 server.unanswered(times=FAILURES)
-                return self._delayed(frame, error, PAUSE * random.uniform(0.5, 1.0)), None
+                return self._delayed(frame, error, PAUSE * jitter.between(0.5, 1.0)), None
             server.answered()
             return self._backoff(frame, error, error.retry_after), None
         except StreamForbidden as error:
@@ -187,7 +187,7 @@ class Relay:
             failures = self._failures[frame.stream] = self._failures.get(frame.stream, 0) + 1
             while len(self._failures) > 10_000:
                 del self._failures[next(iter(self._failures))]
-        delay = max(min(LONGEST_DELAY, 0.25 * 2.0 ** min(failures, 10)) * random.uniform(0.5, 1.0), wanted or 0.0)
+        delay = max(min(LONGEST_DELAY, 0.25 * 2.0 ** min(failures, 10)) * jitter.between(0.5, 1.0), wanted or 0.0)
         return self._delayed(frame, error, delay, level=logging.WARNING if failures == 1 else logging.DEBUG)
 
     def _unconfigured(self, frame: Frame, error: ConfigurationError) -> float:
@@ -195,7 +195,7 @@ class Relay:
         if self._clock() >= self._say_unconfigured_at:
             self._say_unconfigured_at = self._clock() + SAY_INTERVAL
             log.error("Nothing can be delivered, and stream %s and others wait: %s", frame.stream, error)
-        return self._delayed(frame, error, LONGEST_DELAY * random.uniform(0.5, 1.0))
+        return self._delayed(frame, error, LONGEST_DELAY * jitter.between(0.5, 1.0))
 
     def _delayed(self, frame: Frame, error: Exception, delay: float, *, level: int = logging.DEBUG) -> float:
         counters.increment("deliveries_delayed")
@@ -264,7 +264,7 @@ class Relay:
             server.unanswered()
         if failures >= BRIEF_RETRIES or server.is_open:
             raise  # noqa: PLE0704 - called from an except block only
-        time.sleep(0.05 * 2**failures * random.uniform(0.5, 1.0))
+        time.sleep(0.05 * 2**failures * jitter.between(0.5, 1.0))
         return failures + 1
 
     def _ack(self, frame: Frame, offset: str | None, events: int) -> Frame | None:

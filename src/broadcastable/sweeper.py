@@ -7,12 +7,12 @@ server is away, and events go out while the broker is down.
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
+from . import jitter
 from .outbox import Outbox
 
 log = logging.getLogger(__name__)
@@ -83,20 +83,20 @@ class Sweeper:
 
     def _sweep_until_stopped(self) -> None:
         failures = 0
-        pause = self._interval * random.uniform(0.2, 1.2)
+        pause = self._interval * jitter.between(0.2, 1.2)
         while self._paused(pause):
             try:
                 streams = self._outbox.due(older_than=self._interval, limit=self._batch)
                 self._take(streams)
             except Exception as error:  # the store's own errors, of any driver; the next sweep may find it well
                 failures += 1
-                pause = min(self._interval * 2 ** min(failures, 10), _LONGEST_PAUSE) * random.uniform(0.8, 1.2)
+                pause = min(self._interval * 2 ** min(failures, 10), _LONGEST_PAUSE) * jitter.between(0.8, 1.2)
                 log.warning(
                     "The outbox could not be swept (%s: %s); next try in %.0f s", type(error).__name__, error, pause
                 )
                 continue
             failures = 0
-            pause = 0.0 if len(streams) == self._batch else self._interval * random.uniform(0.8, 1.2)
+            pause = 0.0 if len(streams) == self._batch else self._interval * jitter.between(0.8, 1.2)
 
     def _paused(self, seconds: float) -> bool:
         """Wait *seconds*, and on until the streams of the last sweep are taken; False when it is time to stop."""

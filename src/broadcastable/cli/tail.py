@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_module
-import random
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +11,7 @@ import httpx
 import typer
 from rich.text import Text
 
+from broadcastable import jitter
 from broadcastable.errors import StreamNotFound, StreamUnavailable
 from broadcastable.names import shard_of
 from broadcastable.protocol import StreamResponse, error_for, read_request
@@ -85,7 +85,7 @@ def _events(
                     err.print("[dim]The stream is closed.[/]")
                     return
         except (httpx.TransportError, StreamUnavailable):
-            pause = min(LONGEST_PAUSE, 0.25 * 2**failures) * random.uniform(0.5, 1)
+            pause = min(LONGEST_PAUSE, 0.25 * 2**failures) * jitter.between(0.5, 1)
             err.print(f"[yellow]The stream server is away[/]; next try in {pause:.1f} s")
             failures += 1
             time.sleep(pause)
