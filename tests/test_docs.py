@@ -15,9 +15,9 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 import broadcastable
-from broadcastable import Settings, errors, metrics, settings, testing
+from broadcastable import Settings, durable_streams, errors, metrics, settings, testing
 from broadcastable.cli.app import app
-from broadcastable.durable_streams import current, discard
+from broadcastable.durable_streams import discard
 from broadcastable.outbox.memory import MemoryOutbox
 from broadcastable.server.embedded import EmbeddedServer, embedded_server
 
@@ -102,7 +102,8 @@ def surroundings(server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.Mon
     # As if the environment said so: a page may say otherwise with configure().
     monkeypatch.setattr(settings, "_default", server.settings)
     yield
-    discard(current())
+    for each in list(durable_streams._instances.values()):  # a page may change the settings on its way
+        discard(each)
     chat = sys.modules.pop("chat", None)
     if chat is not None:
         chat.engine.dispose()
