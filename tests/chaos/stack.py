@@ -159,8 +159,9 @@ class Stack:
             if not part.is_running:
                 part.start()
 
-    def settle(self, *, within: float) -> None:
-        """Stop the writers in order, and wait until nothing is pending."""
+    def settle(self, *, within: float, commits: int = 0) -> None:
+        """Let the writers reach so many *commits*, stop them in order, and wait until nothing is pending."""
+        services.wait_until(lambda: self._commits() >= commits, within=within, what=f"{commits} commits")
         for part in self.applications:
             part.end(signal.SIGTERM)
         with DurableStreams(self.settings) as streams:
@@ -202,6 +203,10 @@ class Stack:
             for commit in session.scalars(sa.select(Commit)):
                 owed[commit.room_id][commit.txid] = Owed(commit.process)
         return owed
+
+    def _commits(self) -> int:
+        with self._session() as session:
+            return session.scalar(sa.select(sa.func.count()).select_from(Commit)) or 0
 
     @contextmanager
     def _session(self) -> Iterator[Session]:
