@@ -25,6 +25,7 @@ import pytest
 from broadcastable.errors import ConfigurationError, MissingExtraError
 from broadcastable.names import stream_path
 from broadcastable.server import EmbeddedServer, create_app, embedded_server
+from broadcastable.server.embedded import listen
 from broadcastable.settings import Settings, override
 from broadcastable.tokens import Gatekeeper, KeyPair, generate_key_pair
 from tests.server.attacks import STREAM, Attack, attacks, token
@@ -488,6 +489,29 @@ def test_a_server_in_memory_begins_empty_and_takes_its_streams_again() -> None:
         assert owner.post("wiped", content=b"[1]").status_code == 404
         assert owner.put("wiped").status_code == 201
         assert owner.post("wiped", content=b"[1]").status_code == 204
+
+
+def test_an_answer_in_two_pieces_does_not_wait_for_the_clients_acknowledgement() -> None:
+    """By Nagle's algorithm the second piece would, for 40 ms: each PUT, and each event after a quiet moment."""
+    listening = listen("127.0.0.1", 0)
+    listening.listen()
+
+    async def accepted() -> int:
+        delays: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def note(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            sock = writer.get_extra_info("socket")
+            delays.set_result(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        server = await asyncio.start_server(note, sock=listening)
+        _, writer = await asyncio.open_connection(*listening.getsockname())
+        found = await delays
+        writer.close()
+        server.close()
+        return found
+
+    assert asyncio.run(accepted()) == 1
 
 
 def test_a_restart_on_the_same_directory_keeps_events_and_offsets(tmp_path: Path) -> None:
