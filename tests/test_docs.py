@@ -33,7 +33,6 @@ NOT_RUN = {
     "comparison.md": "a table of libraries",
     "delivery.md": "tables of what a crash does; tests/outbox and tests/chaos cause them",
     "migration.md": "tables of what maps to what",
-    "scale.md": "figures and their commands",
     "servers.md": "a table of what was measured",
     "testing.md": "one suite, run as such by tests/testing/test_page.py",
 }
