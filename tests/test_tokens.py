@@ -10,6 +10,7 @@ import pickle
 import threading
 import time
 import traceback
+from types import SimpleNamespace
 from typing import Any
 
 import jwt
@@ -356,9 +357,9 @@ class TestServerToken:
         start = time.time()
         first = gatekeeper.server_token()
         assert gatekeeper.decode(first)["server"] is True
-        monkeypatch.setattr(tokens.time, "time", lambda: start + 59)
+        monkeypatch.setattr("broadcastable.tokens.time", SimpleNamespace(time=lambda: start + 59))
         assert gatekeeper.server_token() == first
-        monkeypatch.setattr(tokens.time, "time", lambda: start + 61)
+        monkeypatch.setattr("broadcastable.tokens.time", SimpleNamespace(time=lambda: start + 61))
         second = gatekeeper.server_token()
         assert second != first
         assert jwt.decode(second, options={"verify_signature": False})["exp"] >= int(start) + 61 + 120 - 1
@@ -368,7 +369,7 @@ class TestServerToken:
     ) -> None:
         first = gatekeeper.server_token()
         earlier = time.time() - 3_600
-        monkeypatch.setattr(tokens.time, "time", lambda: earlier)
+        monkeypatch.setattr("broadcastable.tokens.time", SimpleNamespace(time=lambda: earlier))
         assert gatekeeper.server_token() != first
 
     def test_threads_share_it(self, gatekeeper: Gatekeeper) -> None:

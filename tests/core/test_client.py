@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -162,8 +163,10 @@ def test_the_next_attempt_comes_when_the_server_says_so(
     async def sleep(pause: float) -> None:
         slept.append(pause)
 
-    monkeypatch.setattr("broadcastable.client.time.sleep", slept.append)
-    monkeypatch.setattr("broadcastable.client.asyncio.sleep", sleep)
+    # The module's own names, not the functions themselves: other threads of the process sleep too.
+    monkeypatch.setattr("broadcastable.client.time", SimpleNamespace(sleep=slept.append))
+    loops = {"sleep": sleep, "get_running_loop": asyncio.get_running_loop}
+    monkeypatch.setattr("broadcastable.client.asyncio", SimpleNamespace(**loops))
     origin.faulty_methods = {"HEAD"}
     origin.faults.append(answer(503, **({} if told is None else {"Retry_After": told})))
     expected = pytest.raises(errors.StreamUnavailable) if pauses == [] else nullcontext()

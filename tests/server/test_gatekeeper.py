@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -511,7 +512,7 @@ def test_a_remembered_token_is_forgotten_when_it_expires(monkeypatch: pytest.Mon
     text = token(KEYS)
     assert hold(app, path=TARGET, headers=[bearer(text)]).status == 200
     now = time.time()
-    monkeypatch.setattr("broadcastable.server.verdicts.time.time", lambda: now + 7_211)
+    monkeypatch.setattr("broadcastable.server.verdicts.time", SimpleNamespace(time=lambda: now + 7_211))
     assert hold(app, path=TARGET, headers=[bearer(text)]).status == 401
 
 
