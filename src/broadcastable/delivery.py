@@ -36,6 +36,8 @@ SHUTDOWN_GRACE = 10.0
 class Relaying(Protocol):
     """What carries one stream's frames to the stream server: `Relay`."""
 
+    def prepare(self) -> None: ...
+
     def deliver(self, stream: str, *, give_way: Callable[[], bool] = ...) -> object: ...
 
 
@@ -110,7 +112,7 @@ class DeliveryMiddleware(dramatiq.Middleware):
             queue = queue_name(durable_streams.settings.namespace)
             declare_actor(broker, durable_streams, self.is_stopping)
             if self.low_latency:
-                low_latency.install(broker, None if self.low_latency == "all" else {queue})
+                low_latency.install(broker, None if self.low_latency == "all" else {queue}, expendable={queue})
             if worker.consumer_whitelist and queue not in worker.consumer_whitelist:
                 log.warning(
                     "This worker does not take the queue %r, so it delivers no streams. "
@@ -119,6 +121,7 @@ class DeliveryMiddleware(dramatiq.Middleware):
                     queue,
                 )
                 continue
+            durable_streams.relay.prepare()
             sweeper = Sweeper(durable_streams.outbox, partial(durable_streams.relay.deliver, give_way=self.is_stopping))
             self._sweepers.append(sweeper)
             sweeper.start()

@@ -5,6 +5,10 @@ head of the queue's own list and puts it back in one step, so it looks without t
 (Redis 6.2 or Valkey). It wraps the stock consumer, which still fetches, decodes, acks and requeues. Where Dramatiq has
 changed, or Redis does not know the command, it steps aside with one warning: slower, still right.
 
+On our own queue the stock fetch is sent right behind the wait, so that Redis runs it as soon as there is something. If
+the connection breaks before the answer, the messages that Redis gave then are this worker's until it ends. A wake-up
+may be lost, for the sweeper finds its stream; a message of the application's own may not, and costs another trip.
+
 A message would wake every process that blocks so. Therefore one of them at a time is on *watch* (`q.watch` says who);
 the others wait until it passes the watch on (`q.relief`), which it does when it is busy. So a message wakes one
 process, however many are idle. The watch runs out with whoever held it, and is taken by the next one who looks.
@@ -20,16 +24,16 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import redis
-from dramatiq import Broker, Consumer, MessageProxy
+from dramatiq import Broker, Consumer, Message, MessageProxy
 from dramatiq.brokers.redis import RedisBroker
 from dramatiq.common import current_millis, q_name
 from dramatiq.errors import ConnectionClosed
 from redis.backoff import NoBackoff
-from redis.exceptions import NoPermissionError
+from redis.exceptions import NoPermissionError, NoScriptError
 from redis.retry import Retry
 
 from . import jitter
@@ -50,15 +54,16 @@ and after their own wait: a message lies for two to three seconds."""
 ANSWER_MARGIN = 5.0
 """Seconds that an answer may take beyond the time for which Redis was asked to block."""
 
-_BROKER_PARTS = ("client", "namespace", "heartbeat_timeout", "maintenance_chance", "consumer_class")
+_BROKER_PARTS = ("client", "namespace", "heartbeat_timeout", "maintenance_chance", "scripts", "consumer_class")
 _CONSUMER_PARTS = ("message_cache", "outstanding_message_count", "prefetch", "queue_name", "timeout")
 
 
-def install(broker: Broker, queues: Collection[str] | None) -> bool:
+def install(broker: Broker, queues: Collection[str] | None, *, expendable: Collection[str] = ()) -> bool:
     """Let the consumers of *broker* block in Redis. Before a worker boots; may be repeated, and adds up.
 
     Args:
         queues: For these queues only, with their delay queues; None means all.
+        expendable: Queues whose messages may be lost with a connection.
 
     Returns:
         Whether they will. False for other brokers, which push messages anyway, and for a RedisBroker unlike the one
@@ -68,7 +73,7 @@ def install(broker: Broker, queues: Collection[str] | None) -> bool:
         return False
     already = vars(broker).get("consume")
     if isinstance(already, _BlockingConsume):
-        already.add(queues)
+        already.add(queues, expendable)
         already.is_stopping = False
         return True
     missing = [part for part in _BROKER_PARTS if not hasattr(broker, part)]
@@ -76,7 +81,7 @@ def install(broker: Broker, queues: Collection[str] | None) -> bool:
         _warn(f"the broker has no {', '.join(missing)}")
         return False
     # On the instance: the class, and other brokers of the process, stay as they are.
-    broker.consume = _BlockingConsume(broker, queues)  # type: ignore[method-assign]
+    broker.consume = _BlockingConsume(broker, queues, expendable)  # type: ignore[method-assign]
     return True
 
 
@@ -113,16 +118,18 @@ def _is_refused(error: redis.ResponseError) -> bool:
 class _BlockingConsume:
     """Stands in for `broker.consume`, until it steps aside for good."""
 
-    def __init__(self, broker: RedisBroker, queues: Collection[str] | None) -> None:
+    def __init__(self, broker: RedisBroker, queues: Collection[str] | None, expendable: Collection[str]) -> None:
         self._broker = broker
         self._stock = broker.consume
         self._queues = None if queues is None else set(queues)
+        self._expendable = set(expendable)
         self._lock = threading.Lock()
         self.is_aside = False
         self.is_stopping = False
 
-    def add(self, queues: Collection[str] | None) -> None:
+    def add(self, queues: Collection[str] | None, expendable: Collection[str]) -> None:
         self._queues = None if queues is None or self._queues is None else self._queues | set(queues)
+        self._expendable |= set(expendable)
 
     def __call__(self, queue_name: str, prefetch: int = 1, timeout: int = 5000) -> Consumer:
         stock = self._stock(queue_name, prefetch, timeout)
@@ -132,7 +139,10 @@ class _BlockingConsume:
         if missing:
             self.step_aside(f"its consumer has no {', '.join(missing)}")
             return stock
-        return BlockingConsumer(stock, self._broker, self)
+        if "dispatch" not in self._broker.scripts:
+            self.step_aside("it has no script named dispatch")
+            return stock
+        return BlockingConsumer(stock, self._broker, self, fetch_at_once=q_name(queue_name) in self._expendable)
 
     def step_aside(self, reason: str) -> None:
         """Leave this broker's queues to the stock consumer from now on."""
@@ -154,14 +164,33 @@ def _blocking_client(client: redis.Redis) -> redis.Redis:
     return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **options))
 
 
+class _PipelinedFetch:
+    """A broker's fetch as a command in a pipeline, with the keys and arguments that the broker gives its script."""
+
+    def __init__(self, broker: RedisBroker, queue_name: str) -> None:
+        self._broker = copy.copy(broker)
+        self._broker.scripts = {**broker.scripts, "dispatch": self._note}
+        self._queue_name = queue_name
+        self._sha: str = broker.scripts["dispatch"].sha
+
+    def _note(self, *, keys: list[Any], args: list[Any]) -> tuple[list[Any], list[Any]]:
+        return keys, args
+
+    def add_to(self, pipeline: Any, room: int) -> None:
+        """Add a fetch of up to *room* messages."""
+        keys, args = self._broker.do_fetch(self._queue_name, room)
+        pipeline.evalsha(self._sha, len(keys), *keys, *args)
+
+
 class _Watch:
     """Who blocks on the queue's own list, among the consumers that wait for a message in it. Belongs to one thread.
 
     It only saves work: two on watch wake both, and with nobody on watch for a moment the next wait takes it.
     """
 
-    def __init__(self, client: redis.Redis, queue: str) -> None:
+    def __init__(self, client: redis.Redis, queue: str, fetch: _PipelinedFetch | None) -> None:
         self._client = client
+        self._fetch = fetch
         self._queue = queue
         self._holder = f"{queue}.watch"
         self._relief = f"{queue}.relief"
@@ -169,13 +198,18 @@ class _Watch:
         self._after_others = False
         self.is_ours = False
 
-    def sees_message(self, seconds: float) -> bool:
-        """Wait until the queue has a message, up to *seconds*; False also after a wait that was for the watch."""
+    def wait(self, seconds: float, room: int) -> tuple[bool, list[bytes | None] | None]:
+        """Wait until the queue has a message, up to *seconds*.
+
+        Returns:
+            Whether there is one, which is not known after a wait that was for the watch; and up to *room* messages
+            where they are fetched at once, or None.
+        """
         if not self.is_ours:
             began = time.monotonic()
             self._wait_for_it(seconds)
             seconds -= time.monotonic() - began
-        return self.is_ours and seconds > 0.0 and self._peek(seconds)
+        return self._peek(seconds, room) if self.is_ours and seconds > 0.0 else (False, None)
 
     def _wait_for_it(self, seconds: float) -> None:
         with self._client.pipeline(transaction=False) as pipeline:
@@ -186,14 +220,22 @@ class _Watch:
             self.is_ours = bool(pipeline.execute()[-1])
         self._after_others = True
 
-    def _peek(self, seconds: float) -> bool:
+    def _peek(self, seconds: float, room: int) -> tuple[bool, list[bytes | None] | None]:
         with self._client.pipeline(transaction=False) as pipeline:
             pipeline.get(self._holder)
             pipeline.pexpire(self._holder, _life(seconds))
             pipeline.blmove(self._queue, self._queue, _timeout(seconds), "LEFT", "LEFT")
-            holder, _, message = pipeline.execute()
+            if self._fetch is not None:
+                self._fetch.add_to(pipeline, room)
+            holder, expires, message, *fetched = pipeline.execute(raise_on_error=False)
+        messages = fetched[0] if fetched and isinstance(fetched[0], list) else None
+        if not messages:  # else what was refused will be the next time, too
+            for answer in (holder, expires, message, *fetched):
+                # A server that was started again has forgotten the script; the broker's own fetch loads it.
+                if isinstance(answer, Exception) and not isinstance(answer, NoScriptError):
+                    raise answer
         self.is_ours = _text(holder) == self._own
-        return message is not None
+        return message is not None, messages
 
     def pass_on(self) -> None:
         """Let one of those who wait for it have the watch; or the next one who comes."""
@@ -222,7 +264,7 @@ def _text(answer: Any) -> str | None:
 class BlockingConsumer(Consumer):
     """Wraps the stock *stock* consumer of one queue. Like that, it belongs to one thread but for `ack` and `nack`."""
 
-    def __init__(self, stock: Any, broker: RedisBroker, consume: _BlockingConsume) -> None:
+    def __init__(self, stock: Any, broker: RedisBroker, consume: _BlockingConsume, *, fetch_at_once: bool) -> None:
         self._stock = stock
         self._broker = broker
         self._consume = consume
@@ -243,7 +285,8 @@ class BlockingConsumer(Consumer):
         self._etas: list[tuple[int, str]] = []
         self._delayed: set[str] = set()
         self._dry = False
-        self._watch = _Watch(self._client, self._key)
+        fetch = _PipelinedFetch(broker, stock.queue_name) if fetch_at_once else None
+        self._watch = _Watch(self._client, self._key, fetch)
 
     def __next__(self) -> MessageProxy | None:
         try:
@@ -266,40 +309,61 @@ class BlockingConsumer(Consumer):
 
     def _wait_and_fetch(self) -> bool:
         room = self._free_places()
-        wait = min(self._longest_wait, self._until_beat(), self._until_eta())
+        wait = min(self._longest_wait, self._until_fetch(), self._until_eta())
         is_busy = self._stock.outstanding_message_count >= self._busy_with
         if self._watch.is_ours and (is_busy or self._consume.is_stopping):
-            self._asked(self._watch.pass_on)
+            self._pass_watch_on()
+        messages: list[bytes | None] | None = None
         if room <= 0 or self._consume.is_stopping:
             self._room.wait(wait)
-            room = self._free_places()
-        elif self._dry and not (wait > 0.0 and self._asked(lambda: self._watch.sees_message(wait))):
-            room = 0
-        if self._consume.is_stopping:
-            room = 0
-        if room > 0 or self._until_beat() <= 0.0:
-            # A fetch of nothing is a heartbeat.
+            room = 0 if self._consume.is_stopping else self._free_places()
+            if room > 0:
+                messages = self._fetch(room)
+        elif self._dry and wait > 0.0:
+            messages = self._fetch_on_watch(wait, room)
+        else:
             messages = self._fetch(room)
-            # Fewer than there was room for: there are no more.
-            self._dry = len(messages) < max(room, 1)
-            self._stock.message_cache = messages
-            return bool(messages)
-        return False
+        if messages is None and self._until_fetch() <= 0.0:
+            messages = self._fetch(0)  # a heartbeat
+        if messages is None:
+            return False
+        if messages and self._consume.is_stopping:
+            self._stock.requeue([Message.decode(data) for data in messages if data is not None])
+            messages = []
+        # Fewer than there was room for: there are no more.
+        self._dry = len(messages) < max(room, 1)
+        self._stock.message_cache = messages
+        return bool(messages)
+
+    def _fetch_on_watch(self, wait: float, room: int) -> list[bytes | None] | None:
+        began = time.monotonic()
+        try:
+            has_message, messages = self._watch.wait(wait, room)
+        except redis.RedisError as error:
+            self._pause(error)
+            has_message, messages = True, None
+        if messages is not None:
+            self._beat_at = began + self._heartbeat
+        elif has_message:
+            messages = self._fetch(room)
+        return messages
+
+    def _pass_watch_on(self) -> None:
+        try:
+            self._watch.pass_on()
+        except redis.RedisError as error:
+            self._pause(error)
+
+    @staticmethod
+    def _pause(error: redis.RedisError) -> None:
+        """Whether Redis is away is for the fetch to find out, with the retries that the application chose."""
+        if isinstance(error, redis.ResponseError) and _is_refused(error):
+            raise _NotHere(f"Redis 6.2 or Valkey is needed: {error}") from error
+        time.sleep(PAUSE)
 
     def _free_places(self) -> int:
         self._room.clear()  # before counting: a message acked in between sets it again
         return int(self._stock.prefetch - self._stock.outstanding_message_count)
-
-    def _asked(self, ask: Callable[[], object]) -> bool:
-        """Whether Redis says yes; True, after a pause, when it says nothing."""
-        try:
-            return bool(ask())
-        except redis.RedisError as error:
-            if isinstance(error, redis.ResponseError) and _is_refused(error):
-                raise _NotHere(f"Redis 6.2 or Valkey is needed: {error}") from error
-            # Whether Redis is away is for the fetch to find out, with the retries that the application chose.
-            time.sleep(PAUSE)
-            return True
 
     def _fetch(self, room: int) -> list[bytes | None]:
         now = time.monotonic()
@@ -311,8 +375,10 @@ class BlockingConsumer(Consumer):
         self._beat_at = time.monotonic() + self._heartbeat
         return messages
 
-    def _until_beat(self) -> float:
-        return self._beat_at - time.monotonic()
+    def _until_fetch(self) -> float:
+        """Seconds to the next heartbeat or maintenance, which are fetches too."""
+        due: float = min(self._beat_at, self._maintenance_at)
+        return due - time.monotonic()
 
     # --- delayed messages: Dramatiq looks at them only between two messages, so be back when one is due ---
 

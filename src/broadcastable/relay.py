@@ -109,6 +109,10 @@ class Relay:
         self._failures: dict[str, int] = {}
         self._failures_lock = threading.Lock()
 
+    def prepare(self) -> None:
+        """Load what the first delivery needs, so that no event has to wait for it."""
+        self._client.prepare()
+
     def deliver(self, stream: str, *, give_way: Callable[[], bool] = lambda: False) -> bool:
         """Send everything that waits for *stream*, frame after frame.
 

@@ -25,6 +25,9 @@ class RecordingRelay:
         self.delivered: list[str] = []
         self.events: Counter[str] = Counter()
 
+    def prepare(self) -> None:
+        pass
+
     def deliver(self, stream: str, *, give_way: Callable[[], bool] = lambda: False) -> None:
         self._before(stream)
         lease = None

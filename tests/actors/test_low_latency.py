@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import dramatiq
@@ -17,11 +18,26 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from broadcastable import low_latency
-from broadcastable.low_latency import BlockingConsumer, install
+from broadcastable.low_latency import BlockingConsumer
 from tests.services import Valkey, wait_until
 
 LONG = 60_000
 """Milliseconds of `worker_timeout`: with these a stock consumer would be asleep for the whole test."""
+
+
+@pytest.fixture(params=[(), ("q",)], ids=["fetch", "fetch at once"], autouse=True)
+def expendable(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Collection[str]:
+    """Everything holds for the application's queues and for our own."""
+    queues: Collection[str] = request.param
+    monkeypatch.setitem(globals(), "EXPENDABLE", queues)
+    return queues
+
+
+EXPENDABLE: Collection[str] = ()
+
+
+def install(broker: dramatiq.Broker, queues: Collection[str] | None) -> bool:
+    return low_latency.install(broker, queues, expendable=EXPENDABLE)
 
 
 @pytest.fixture
@@ -298,6 +314,21 @@ def test_a_worker_goes_on_after_redis_was_away(
     wait_until(lambda: noted == ["after"])
 
 
+def test_a_redis_that_was_started_again_has_forgotten_the_script(
+    make_broker: Callable[..., RedisBroker], consume: Callable[..., Any]
+) -> None:
+    broker = make_broker()
+    install(broker, {"q"})
+    consumer = consume(broker, prefetch=10, timeout=200)
+    assert [next(consumer), next(consumer)] == [None, None]
+    send(broker, 1)
+    broker.client.script_flush()
+    message = next(consumer)
+    assert message is not None
+    assert message.args == (1,)
+    consumer.ack(message)
+
+
 # Stepping aside
 
 
@@ -525,6 +556,24 @@ def test_a_worker_that_shuts_down_takes_nothing_more(
     assert next(ending) is None
     wait_until(lambda: idle == [1])
     install(broker, {"q"})  # a worker boots again
+
+
+def test_what_comes_to_a_worker_that_shuts_down_in_its_wait_is_for_the_others(
+    make_broker: Callable[..., RedisBroker], consume: Callable[..., Any]
+) -> None:
+    broker = make_broker()
+    install(broker, {"q"})
+    ending = consume(broker, prefetch=10, timeout=5_000)
+    assert next(ending) is None
+    with ThreadPoolExecutor(1) as waiting:
+        message = waiting.submit(next, ending)
+        wait_until(lambda: blocked(broker) == 1)
+        low_latency.stop_fetching(broker)
+        send(broker, 1)
+        assert message.result() is None
+    other = make_broker()
+    [data] = other.do_fetch("q", 10)
+    assert dramatiq.Message.decode(data).args == (1,)
 
 
 def test_the_watch_of_a_killed_worker_is_taken_over(

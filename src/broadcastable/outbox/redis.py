@@ -45,7 +45,7 @@ from broadcastable.errors import ConfigurationError, UsageError
 from broadcastable.events import Batch
 from broadcastable.settings import Settings
 
-from . import Advanced, BatchMark, Frame, FrameId, PendingStream, Rate, steps
+from . import Advanced, BatchMark, Frame, FrameId, PendingStream, Rate
 from .framing import Limits, first_events, new_lease, parts_of
 from .rates import SECONDS, Tally, rate_of
 
@@ -203,15 +203,13 @@ class RedisOutbox:
 
     def claim(self, stream: str, *, lease_for: float, lease: str | None = None) -> Frame | None:
         """See `Outbox.claim`. One round trip."""
-        answer = self._stream(
-            "claim",
-            stream,
-            lease or "",
-            new_lease(),
-            _milliseconds(lease_for),
-            self._limits.max_bytes,
-            self._limits.max_events,
-        )
+        return self._claimed(stream, self._stream("claim", stream, *self._claiming(lease, lease_for)))
+
+    def _claiming(self, lease: str | None, lease_for: float) -> tuple[str | int, ...]:
+        limits = self._limits
+        return (lease or "", new_lease(), _milliseconds(lease_for), limits.max_bytes, limits.max_events)
+
+    def _claimed(self, stream: str, answer: Any) -> Frame | None:
         if answer is None:
             return None
         begun, given, frozen = answer
@@ -225,14 +223,19 @@ class RedisOutbox:
     def ack(self, frame: Frame, *, offset: str | None, events: int | None = None) -> bool:
         """See `Outbox.ack`."""
         removed = len(frame.events) if events is None else events
-        acked = bool(self._frozen("ack", frame, removed, int(offset is not None), offset or "", STATE_KEPT_FOR))
-        if acked:
-            self._acked.add(removed)
-        return acked
+        return self._note_acked(self._frozen("ack", frame, *_acking(removed, offset)), removed)
+
+    def _note_acked(self, answer: Any, events: int) -> bool:
+        if answer:
+            self._acked.add(events)
+        return bool(answer)
 
     def advance(self, frame: Frame, *, offset: str | None, lease_for: float) -> Advanced:
-        """See `Outbox.advance`. Two or three round trips."""
-        return steps.advance(self, frame, offset=offset, lease_for=lease_for)
+        """See `Outbox.advance`. One round trip."""
+        acked, claimed = self._frozen(
+            "advance", frame, *_acking(len(frame.events), offset), *self._claiming(frame.lease, lease_for)
+        )
+        return Advanced(self._note_acked(acked, len(frame.events)), self._claimed(frame.stream, claimed))
 
     def renew(self, frame: Frame, *, above: int) -> Frame:
         """See `Outbox.renew`."""
@@ -452,6 +455,12 @@ def _read(elements: Sequence[bytes], skip: int, count: int) -> tuple[tuple[bytes
 # Talking to the server
 
 
+_LIBRARIES = {
+    **dict.fromkeys(("ack", "advance", "anchor", "claim", "finish", "park", "renew", "shrink"), "frames"),
+    **dict.fromkeys(("look", "push", "reserve", "withdraw"), "turns"),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class _Script:
     text: str
@@ -461,7 +470,8 @@ class _Script:
 @cache
 def _script(name: str) -> _Script:
     folder = resources.files("broadcastable.outbox") / "lua"
-    text = (folder / "common.lua").read_text() + (folder / f"{name}.lua").read_text()
+    parts = ("common", _LIBRARIES[name], name) if name in _LIBRARIES else ("common", name)
+    text = "\n".join((folder / f"{part}.lua").read_text() for part in parts)
     return _Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
@@ -514,6 +524,10 @@ def _shard(stream: str) -> int:
 def _without_braces(text: str) -> str:
     """*text* such that braces around it make a hash tag of all of it (Redis Cluster specification, hash tags)."""
     return text.replace("%", "%25").replace("{", "%7B").replace("}", "%7D")
+
+
+def _acking(events: int, offset: str | None) -> tuple[str | int, ...]:
+    return (events, int(offset is not None), offset or "", STATE_KEPT_FOR)
 
 
 def _milliseconds(seconds: float) -> int:

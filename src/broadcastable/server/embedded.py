@@ -5,8 +5,10 @@ Extra `server`. For production see the deployment page: this server is one proce
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import errno
+import gc
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +31,12 @@ try:
     from .rakaia_streams import rakaia_app
 except ImportError as error:
     raise MissingExtraError("The embedded stream server", "server") from error
+
+new_event_loop: Callable[[], asyncio.AbstractEventLoop]
+try:
+    from uvloop import new_event_loop
+except ImportError:  # not on Windows, nor on PyPy
+    from asyncio import new_event_loop
 
 MOUNT = "/v1/streams"
 _STOP_SECONDS = 5.0
@@ -88,7 +96,7 @@ class EmbeddedServer:
 
     def _run(self) -> None:
         try:
-            self._server.run(sockets=[self._socket])
+            self._server.run([self._socket])
         finally:
             self._server.settled.set()
 
@@ -165,6 +173,8 @@ def serve(
 ) -> None:
     """Run a stream server in this thread until SIGINT or SIGTERM; readers are let go and come back after a restart.
 
+    For a process of its own: it freezes what the garbage collector knows so far.
+
     Args:
         settings: Whose keys verify tokens; `current_settings()` when None. See `with_keys` for a throw-away pair.
         on_listening: Called once with the URL of the streams when connections are accepted.
@@ -178,8 +188,11 @@ def serve(
     server = _Server(
         middleware, access_log=access_log, on_started=None if on_listening is None else lambda: on_listening(url)
     )
+    # What was imported stays; each full collection would look at it for up to 100 ms, and events wait for that.
+    gc.collect()
+    gc.freeze()
     try:
-        server.run(sockets=[listening])
+        server.run([listening])
     finally:
         listening.close()
 
@@ -209,6 +222,14 @@ class _Server(uvicorn.Server):
         self._middleware = middleware
         self._on_started = on_started
         self.settled = threading.Event()
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until `should_exit`, on an event loop of our own choice.
+
+        Earlier uvicorns choose one for the whole process, and this may be a thread of somebody else's.
+        """
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(self.serve(sockets))
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
