@@ -13,14 +13,16 @@ from typing import Literal
 
 import dramatiq
 import redis
+from dramatiq.brokers.redis import RedisBroker
 from dramatiq.brokers.stub import StubBroker
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from .delivery import Delivering, DeliveryMiddleware, declare_actor
+from .dispatch import Command, commands_of
 from .in_process import InProcessWorker
 from .settings import Settings
-from .wakeups import Markers, ProcessMarkers, RedisMarkers, Waker
+from .wakeups import Markers, ProcessMarkers, RedisMarkers, Waker, enqueue
 
 __all__ = ["Delivering", "DeliveryMiddleware", "Wakeups", "declare", "declared_broker", "wakeups_for"]
 
@@ -102,6 +104,7 @@ class Wakeups:
         self._durable_streams = durable_streams
         self._chosen = broker
         settings = durable_streams.settings
+        self._namespace = settings.namespace
         self._redis = _redis_client(settings.redis_url) if settings.redis_url and settings.outbox != "memory" else None
         self._shared = _producing_broker(self._redis) if self._redis is not None else None
         self._in_process = InProcessWorker(durable_streams)
@@ -134,6 +137,16 @@ class Wakeups:
         """Queue a wake-up for *streams*; the number of messages. Never raises; see `Waker.wake`."""
         return (self._here if self._carrier() is None else self._elsewhere).wake(streams)
 
+    def commands(self, streams: Sequence[str]) -> list[Command]:
+        """What queues a wake-up of *streams* in the Redis at `redis_url`; nothing if some other broker carries them."""
+        shared = self._shared
+        if shared is None or self._carrier() is not shared:
+            return []
+        try:
+            return commands_of(shared, lambda broker: enqueue(broker, self._namespace, streams))
+        except (AttributeError, KeyError, TypeError, redis.RedisError):  # Dramatiq has changed, or asked Redis first
+            return []
+
     def taken(self, streams: Sequence[str]) -> None:
         """The wake-up of *streams* has reached a worker. Never raises."""
         (self._here if self._carrier() is None else self._elsewhere).taken(streams)
@@ -161,7 +174,5 @@ def _redis_client(url: str) -> redis.Redis:
     return redis.Redis.from_url(url, socket_connect_timeout=0.5, socket_timeout=1.0, retry=Retry(NoBackoff(), 0))
 
 
-def _producing_broker(client: redis.Redis) -> dramatiq.Broker:
-    from dramatiq.brokers.redis import RedisBroker
-
+def _producing_broker(client: redis.Redis) -> RedisBroker:
     return RedisBroker(client=client, middleware=[])  # type: ignore[no-untyped-call]

@@ -2,6 +2,9 @@
 
 Each keeps its connections alive and makes them when first needed: once per process (a forked child makes its own), and
 for the asynchronous one once per event loop. What a request means is in `protocol`.
+
+They use httpx's transports, which keep the connections, and not its clients: redirects, cookies and a line in the log
+for each request are a quarter of the work for a frame, and none of them is wanted.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import os
 import ssl
 import threading
 import time
-from collections.abc import Mapping
+from contextlib import aclosing, closing
 from weakref import WeakKeyDictionary
 
 import httpx
@@ -56,12 +59,16 @@ stand_ins: dict[str, httpx.MockTransport] = {}
 """Origins (`http://host`) that are answered inside this process, for tests; see `testing.MemoryStreams`."""
 
 
+def _origin(url: httpx.URL) -> str:
+    return f"{url.scheme}://{url.netloc.decode()}"
+
+
 class _Sending:
     """What both clients share: URLs, headers, what an httpx error means, and when to try again."""
 
     def __init__(self, settings: Settings, gatekeeper: Gatekeeper) -> None:
         self._bases = settings.server_urls
-        self._timeout = seconds(settings.request_timeout)
+        self._timeouts = httpx.Timeout(seconds(settings.request_timeout)).as_dict()
         self._gatekeeper = gatekeeper
 
     def _verify(self) -> ssl.SSLContext | bool:
@@ -70,11 +77,18 @@ class _Sending:
             return True
         return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody
 
-    def _url(self, request: StreamRequest) -> str:
-        return f"{self._bases[shard_of(request.stream, len(self._bases))]}/{request.path}"
-
-    def _headers(self, request: StreamRequest) -> Mapping[str, str]:
-        return {**request.headers, "Authorization": f"Bearer {self._gatekeeper.server_token()}"}
+    def _http_request(self, request: StreamRequest) -> httpx.Request:
+        return httpx.Request(
+            request.method,
+            f"{self._bases[shard_of(request.stream, len(self._bases))]}/{request.path}",
+            headers={
+                **request.headers,
+                "Authorization": f"Bearer {self._gatekeeper.server_token()}",
+                "User-Agent": "broadcastable",
+            },
+            content=request.body,
+            extensions={"timeout": self._timeouts},
+        )
 
     def _failure(self, request: StreamRequest, error: httpx.TransportError) -> StreamUnavailable:
         reason = str(error) or type(error).__name__
@@ -121,26 +135,26 @@ class StreamClient(_Sending):
         super().__init__(settings, gatekeeper)
         self._transport = transport
         self._lock = threading.Lock()
-        self._http: httpx.Client | None = None
+        self._http: httpx.BaseTransport | None = None
         self._pid = 0
 
-    def _connections(self) -> httpx.Client:
+    def _connections(self) -> httpx.BaseTransport:
         http = self._http
         if http is not None and self._pid == os.getpid():
             return http
         with self._lock:
             # A child that shared its parent's sockets would read the parent's answers.
             if self._http is None or self._pid != os.getpid():
-                self._http = httpx.Client(
-                    timeout=self._timeout,
-                    limits=_LIMITS,
-                    transport=self._transport,
-                    mounts=stand_ins,
-                    trust_env=False,
-                    verify=self._verify(),
+                self._http = self._transport or httpx.HTTPTransport(
+                    limits=_LIMITS, trust_env=False, verify=self._verify()
                 )
                 self._pid = os.getpid()
             return self._http
+
+    def _send(self, request: httpx.Request) -> StreamResponse:
+        transport = (stand_ins and stand_ins.get(_origin(request.url))) or self._connections()
+        with closing(transport.handle_request(request)) as response:
+            return StreamResponse(response.status_code, response.headers, response.read())
 
     def prepare(self) -> None:
         """Load what the first request needs, which takes up to 100 ms; connects to nothing."""
@@ -158,10 +172,7 @@ class StreamClient(_Sending):
             attempt += 1
             outcome: StreamResponse | StreamUnavailable
             try:
-                response = self._connections().request(
-                    request.method, self._url(request), headers=self._headers(request), content=request.body
-                )
-                outcome = StreamResponse(response.status_code, response.headers, response.content)
+                outcome = self._send(self._http_request(request))
             except httpx.TransportError as error:
                 outcome = self._failure(request, error)
                 outcome.__cause__ = error
@@ -222,21 +233,21 @@ class AsyncStreamClient(_Sending):
     ) -> None:
         super().__init__(settings, gatekeeper)
         self._transport = transport
-        self._https: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = WeakKeyDictionary()
+        self._https: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncBaseTransport] = WeakKeyDictionary()
 
-    def _connections(self) -> httpx.AsyncClient:
+    def _connections(self) -> httpx.AsyncBaseTransport:
         loop = asyncio.get_running_loop()
         http = self._https.get(loop)
         if http is None:
-            http = self._https[loop] = httpx.AsyncClient(
-                timeout=self._timeout,
-                limits=_LIMITS,
-                transport=self._transport,
-                mounts=stand_ins,
-                trust_env=False,
-                verify=self._verify(),
+            http = self._https[loop] = self._transport or httpx.AsyncHTTPTransport(
+                limits=_LIMITS, trust_env=False, verify=self._verify()
             )
         return http
+
+    async def _send(self, request: httpx.Request) -> StreamResponse:
+        transport = (stand_ins and stand_ins.get(_origin(request.url))) or self._connections()
+        async with aclosing(await transport.handle_async_request(request)) as response:
+            return StreamResponse(response.status_code, response.headers, await response.aread())
 
     async def send(self, request: StreamRequest, *, attempts: int = ATTEMPTS) -> StreamResponse:
         """See `StreamClient.send`."""
@@ -245,10 +256,7 @@ class AsyncStreamClient(_Sending):
             attempt += 1
             outcome: StreamResponse | StreamUnavailable
             try:
-                response = await self._connections().request(
-                    request.method, self._url(request), headers=self._headers(request), content=request.body
-                )
-                outcome = StreamResponse(response.status_code, response.headers, response.content)
+                outcome = await self._send(self._http_request(request))
             except httpx.TransportError as error:
                 outcome = self._failure(request, error)
                 outcome.__cause__ = error

@@ -270,8 +270,28 @@ class DurableStreams(_Verbs):
         if self._outbox is None:
             with self._lock:
                 if self._outbox is None:
-                    self._outbox = _outbox_from(self.settings)
+                    self._outbox = self._make_outbox()
         return self._outbox
+
+    def _make_outbox(self) -> Outbox:
+        settings = self.settings
+        match settings.outbox:
+            case "memory":
+                from .outbox.memory import MemoryOutbox
+
+                return MemoryOutbox.from_settings(settings)
+            case "redis":
+                from .outbox.redis import RedisOutbox
+
+                return RedisOutbox.from_settings(settings, wake=lambda streams: self.wakeups.commands(streams))
+            case "database":
+                if settings.database_url is None:
+                    raise ConfigurationError(
+                        'outbox="database" needs database_url (BROADCASTABLE_DATABASE_URL), where the relay reads it'
+                    )
+                from .outbox.database import DatabaseOutbox
+
+                return DatabaseOutbox.from_settings(settings)
 
     @property
     def relay(self) -> Relay:
@@ -830,26 +850,6 @@ class AsyncDurableStreams(_Verbs):
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
-
-
-def _outbox_from(settings: Settings) -> Outbox:
-    match settings.outbox:
-        case "memory":
-            from .outbox.memory import MemoryOutbox
-
-            return MemoryOutbox.from_settings(settings)
-        case "redis":
-            from .outbox.redis import RedisOutbox
-
-            return RedisOutbox.from_settings(settings)
-        case "database":
-            if settings.database_url is None:
-                raise ConfigurationError(
-                    'outbox="database" needs database_url (BROADCASTABLE_DATABASE_URL), where the relay reads it'
-                )
-            from .outbox.database import DatabaseOutbox
-
-            return DatabaseOutbox.from_settings(settings)
 
 
 _instances: dict[Settings, DurableStreams] = {}

@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import redis
@@ -33,10 +33,11 @@ from dramatiq.brokers.redis import RedisBroker
 from dramatiq.common import current_millis, q_name
 from dramatiq.errors import ConnectionClosed
 from redis.backoff import NoBackoff
-from redis.exceptions import NoPermissionError, NoScriptError
+from redis.exceptions import NoPermissionError
 from redis.retry import Retry
 
 from . import jitter
+from .dispatch import Command, commands_of
 
 log = logging.getLogger(__name__)
 
@@ -139,9 +140,6 @@ class _BlockingConsume:
         if missing:
             self.step_aside(f"its consumer has no {', '.join(missing)}")
             return stock
-        if "dispatch" not in self._broker.scripts:
-            self.step_aside("it has no script named dispatch")
-            return stock
         return BlockingConsumer(stock, self._broker, self, fetch_at_once=q_name(queue_name) in self._expendable)
 
     def step_aside(self, reason: str) -> None:
@@ -164,31 +162,16 @@ def _blocking_client(client: redis.Redis) -> redis.Redis:
     return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **options))
 
 
-class _PipelinedFetch:
-    """A broker's fetch as a command in a pipeline, with the keys and arguments that the broker gives its script."""
-
-    def __init__(self, broker: RedisBroker, queue_name: str) -> None:
-        self._broker = copy.copy(broker)
-        self._broker.scripts = {**broker.scripts, "dispatch": self._note}
-        self._queue_name = queue_name
-        self._sha: str = broker.scripts["dispatch"].sha
-
-    def _note(self, *, keys: list[Any], args: list[Any]) -> tuple[list[Any], list[Any]]:
-        return keys, args
-
-    def add_to(self, pipeline: Any, room: int) -> None:
-        """Add a fetch of up to *room* messages."""
-        keys, args = self._broker.do_fetch(self._queue_name, room)
-        pipeline.evalsha(self._sha, len(keys), *keys, *args)
-
-
 class _Watch:
     """Who blocks on the queue's own list, among the consumers that wait for a message in it. Belongs to one thread.
 
     It only saves work: two on watch wake both, and with nobody on watch for a moment the next wait takes it.
+
+    Args:
+        fetch: The commands to send behind the wait, to fetch so many messages; none if they are not fetched at once.
     """
 
-    def __init__(self, client: redis.Redis, queue: str, fetch: _PipelinedFetch | None) -> None:
+    def __init__(self, client: redis.Redis, queue: str, fetch: Callable[[int], list[Command]]) -> None:
         self._client = client
         self._fetch = fetch
         self._queue = queue
@@ -221,18 +204,18 @@ class _Watch:
         self._after_others = True
 
     def _peek(self, seconds: float, room: int) -> tuple[bool, list[bytes | None] | None]:
+        pipeline: Any
         with self._client.pipeline(transaction=False) as pipeline:
             pipeline.get(self._holder)
             pipeline.pexpire(self._holder, _life(seconds))
             pipeline.blmove(self._queue, self._queue, _timeout(seconds), "LEFT", "LEFT")
-            if self._fetch is not None:
-                self._fetch.add_to(pipeline, room)
+            for command in self._fetch(room):
+                pipeline.execute_command(*command)
             holder, expires, message, *fetched = pipeline.execute(raise_on_error=False)
         messages = fetched[0] if fetched and isinstance(fetched[0], list) else None
         if not messages:  # else what was refused will be the next time, too
             for answer in (holder, expires, message, *fetched):
-                # A server that was started again has forgotten the script; the broker's own fetch loads it.
-                if isinstance(answer, Exception) and not isinstance(answer, NoScriptError):
+                if isinstance(answer, Exception):
                     raise answer
         self.is_ours = _text(holder) == self._own
         return message is not None, messages
@@ -285,8 +268,8 @@ class BlockingConsumer(Consumer):
         self._etas: list[tuple[int, str]] = []
         self._delayed: set[str] = set()
         self._dry = False
-        fetch = _PipelinedFetch(broker, stock.queue_name) if fetch_at_once else None
-        self._watch = _Watch(self._client, self._key, fetch)
+        self._fetch_at_once = fetch_at_once
+        self._watch = _Watch(self._client, self._key, self._fetch_behind)
 
     def __next__(self) -> MessageProxy | None:
         try:
@@ -303,7 +286,7 @@ class BlockingConsumer(Consumer):
             return self._wait_and_fetch()
         except redis.ConnectionError as error:
             raise _lost(error) from None
-        except (_NotHere, AttributeError, TypeError) as error:
+        except (_NotHere, AttributeError, KeyError, TypeError) as error:
             self._consume.step_aside(str(error))
             return True
 
@@ -348,6 +331,12 @@ class BlockingConsumer(Consumer):
             messages = self._fetch(room)
         return messages
 
+    def _fetch_behind(self, room: int) -> list[Command]:
+        """What is sent behind the wait."""
+        if not self._fetch_at_once:
+            return []
+        return commands_of(self._broker, lambda broker: broker.do_fetch(self._stock.queue_name, room))
+
     def _pass_watch_on(self) -> None:
         try:
             self._watch.pass_on()
@@ -356,7 +345,10 @@ class BlockingConsumer(Consumer):
 
     @staticmethod
     def _pause(error: redis.RedisError) -> None:
-        """Whether Redis is away is for the fetch to find out, with the retries that the application chose."""
+        """Whether Redis is away is for the fetch to find out, with the retries that the application chose.
+
+        It also loads the script that a Redis that was started again has forgotten.
+        """
         if isinstance(error, redis.ResponseError) and _is_refused(error):
             raise _NotHere(f"Redis 6.2 or Valkey is needed: {error}") from error
         time.sleep(PAUSE)

@@ -18,14 +18,15 @@ keeps a wake-up from being lost:
 
 Processes push after their commits, each at its own pace. So that a stream has the order of the commits all the same, a
 transaction reserves its place before it commits (`reserve`), and what arrives ahead of its turn is held until the
-earlier places are taken, withdrawn, or too old.
+earlier places are taken, withdrawn, or too old. Where workers take their wake-ups from the same Redis, the wake-up of a
+stream that slept when its place was reserved leaves with the push.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -69,6 +70,9 @@ TURN_PATIENCE = 2_000
 """Milliseconds for which a pushed batch waits for a transaction that reserved its place earlier on that stream: longer
 than a COMMIT takes, and how long a stream stands still after an application is killed in the middle of one."""
 
+TURNS_KEPT = 1_000
+"""Reserved places of which it is remembered whether their streams slept."""
+
 RESERVE_TIMEOUT = 0.25
 """Seconds to wait for a place. The commit holds its locks meanwhile, and goes without one when Redis is slower."""
 
@@ -102,14 +106,16 @@ class RedisOutbox:
     """An `Outbox` in Redis or Valkey, single or Cluster. Thread and fork safe, as its client is.
 
     A commit is two round trips, whatever the number of streams (three on a cluster): one before it, to reserve its
-    place, and one after. The client made from a URL waits a second at most, a quarter of one before the commit, and
-    never repeats a command by itself: the caller decides, and a repeated `put` is applied once.
+    place, and one after. A third one wakes the workers, where the second could not. The client made from a URL waits a
+    second at most, a quarter of one before the commit, and never repeats a command by itself: the caller decides, and a
+    repeated `put` is applied once.
 
     Args:
         client_or_url: A `redis.Redis` or `redis.RedisCluster` that returns bytes, or a `redis://` URL. A client of
             yours is never closed here. Give it short timeouts and no retries, for a commit waits for it.
         namespace: Prefix of every key and of the producer id.
         timeout: Seconds to connect, and to wait for an answer; for a client made from a URL.
+        wake: The commands that queue a wake-up of streams in this same Redis; none, and `put` names all the streams.
     """
 
     transactional = False
@@ -123,6 +129,7 @@ class RedisOutbox:
         max_frame_bytes: int,
         max_frame_events: int,
         timeout: float = 1.0,
+        wake: Callable[[Sequence[str]], Iterable[tuple[Any, ...]]] = lambda streams: (),
     ) -> None:
         self._owned = isinstance(client_or_url, str)
         self._client: Any = client_or_url
@@ -136,9 +143,14 @@ class RedisOutbox:
         self._producer_id = f"{quote(namespace)}-redis"
         self._limits = Limits(max_frame_bytes, max_frame_events)
         self._acked = Tally()
+        self._wake = wake
+        # By turn, the streams that slept when it was reserved.
+        self._asleep: dict[str, tuple[str, ...]] = {}
 
     @classmethod
-    def from_settings(cls, settings: Settings) -> RedisOutbox:
+    def from_settings(
+        cls, settings: Settings, *, wake: Callable[[Sequence[str]], Iterable[tuple[Any, ...]]] = lambda streams: ()
+    ) -> RedisOutbox:
         """An outbox on `redis_url`.
 
         Raises:
@@ -151,6 +163,7 @@ class RedisOutbox:
             namespace=settings.namespace,
             max_frame_bytes=settings.max_frame_bytes,
             max_frame_events=settings.max_frame_events,
+            wake=wake,
         )
 
     def put(self, batches: Sequence[Batch]) -> list[str]:
@@ -163,10 +176,35 @@ class RedisOutbox:
         if isinstance(self._client, RedisCluster):
             # The nodes of a cluster keep no order among themselves.
             self._call(announcements)
-            answers = self._call(pushes)
+            woken, answers = frozenset[str](), self._call(pushes)
         else:
-            answers = self._call([*announcements, *pushes])[len(announcements) :]
-        return [stream for stream, needs_waking in zip(by_stream, answers, strict=True) if needs_waking]
+            asleep = self._asleep_before(batches)
+            woken, answers = self._put_and_wake([*announcements, *pushes], asleep)
+        return [
+            stream
+            for stream, needs_waking in zip(by_stream, answers[-len(pushes) :], strict=True)
+            if needs_waking and stream not in woken
+        ]
+
+    def _asleep_before(self, batches: Iterable[Batch]) -> list[str]:
+        """The streams of *batches* that slept when their places were reserved, each once."""
+        streams: set[str] = set()
+        slept: dict[str, tuple[str, ...]] = {}
+        for batch in batches:
+            if batch.turn is not None:
+                if batch.turn not in slept:
+                    slept[batch.turn] = self._asleep.pop(batch.turn, ())
+                if batch.stream in slept[batch.turn]:
+                    streams.add(batch.stream)
+        return sorted(streams)
+
+    def _put_and_wake(self, calls: Sequence[_Call], asleep: Sequence[str]) -> tuple[frozenset[str], list[Any]]:
+        """Those of *asleep* that were woken in the same round trip, and the answers to *calls*."""
+        wakes = [_Call("EVALSHA", (), command[1:]) for command in (self._wake(asleep) if asleep else ())]
+        answers = _round_trip(self._client, [*calls, *wakes])
+        # Only if all went well at once: a worker must not look before the batches are there.
+        is_woken = wakes and not any(isinstance(answer, Exception) for answer in answers)
+        return frozenset(asleep if is_woken else ()), self._settled(calls, answers[: len(calls)], self._client)
 
     def _announce(self, streams: Iterable[str]) -> list[_Call]:
         shards: dict[int, list[str]] = {}
@@ -183,11 +221,17 @@ class RedisOutbox:
 
     def reserve(self, turn: str, streams: Collection[str]) -> None:
         """See `Outbox.reserve`. One round trip."""
-        calls = [_Call("reserve", self._ordered_keys(stream)[2:], (turn, TURN_PATIENCE)) for stream in streams]
-        self._call(calls, self._reserving)
+        calls = [_Call("reserve", self._ordered_keys(stream)[1:], (turn, TURN_PATIENCE)) for stream in streams]
+        answers = self._call(calls, self._reserving)
+        asleep = tuple(stream for stream, is_asleep in zip(streams, answers, strict=True) if is_asleep)
+        if asleep:
+            self._asleep[turn] = asleep
+            while len(self._asleep) > TURNS_KEPT:
+                self._asleep.pop(next(iter(self._asleep)), None)
 
     def withdraw(self, turn: str, streams: Collection[str]) -> list[str]:
         """See `Outbox.withdraw`."""
+        self._asleep.pop(turn, None)
         answers = self._call(
             [_Call("withdraw", self._ordered_keys(stream), (turn, TURN_PATIENCE)) for stream in streams]
         )
@@ -363,7 +407,9 @@ class RedisOutbox:
         Each is about another stream, so that running some of them again later changes no order.
         """
         client = client or self._client
-        answers = _round_trip(client, calls)
+        return self._settled(calls, _round_trip(client, calls), client)
+
+    def _settled(self, calls: Sequence[_Call], answers: list[Any], client: Any) -> list[Any]:
         again = [number for number, answer in enumerate(answers) if isinstance(answer, NoScriptError | MovedError)]
         if again:
             if any(isinstance(answers[number], MovedError) for number in again):
@@ -502,13 +548,26 @@ def _round_trip(client: Any, calls: Sequence[_Call]) -> list[Any]:
 
 
 def _pipelined(client: Any, calls: Sequence[_Call]) -> list[Any]:
+    """The answers to *calls*, errors among them. On the connection itself: redis-py's pipelines cost a commit more."""
     if not calls:
         return []
-    with client.pipeline(transaction=False) as pipeline:
-        for call in calls:
-            pipeline.execute_command(*call.command())
-        answers: list[Any] = pipeline.execute(raise_on_error=False)
-        return answers
+    pool = client.connection_pool
+    connection = pool.get_connection()
+    try:
+        connection.send_packed_command(connection.pack_commands([call.command() for call in calls]))
+        return [_answer(connection) for _ in calls]
+    except BaseException:  # Dramatiq interrupts threads, too; what nobody has read would answer the next command
+        connection.disconnect()
+        raise
+    finally:
+        pool.release(connection)
+
+
+def _answer(connection: Any) -> Any:
+    try:
+        return connection.read_response()
+    except redis.ResponseError as error:
+        return error
 
 
 def _listed(answer: Sequence[Any]) -> list[tuple[str, bool]]:

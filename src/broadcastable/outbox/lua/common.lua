@@ -56,10 +56,15 @@ local function walk(queue, visit)
   end
 end
 
--- Ask for a wake-up, unless one is queued, a worker is at work, or nothing may be claimed now. Returns 1 or 0.
-local function ask(state, now)
+-- Whether something to deliver needs a wake-up: none is queued, no worker is at work, and it may be claimed now.
+local function sleeps(state, now)
   local held = redis.call('HMGET', state, 'woken', 'parked', 'after')
-  if held[1] or held[2] or tonumber(held[3] or 0) > now then return 0 end
+  return not held[1] and not held[2] and tonumber(held[3] or 0) <= now
+end
+
+-- Ask for a wake-up where one is needed. Returns 1 or 0.
+local function ask(state, now)
+  if not sleeps(state, now) then return 0 end
   redis.call('HSET', state, 'woken', text(now))
   return 1
 end
