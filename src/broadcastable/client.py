@@ -59,8 +59,8 @@ stand_ins: dict[str, httpx.MockTransport] = {}
 """Origins (`http://host`) that are answered inside this process, for tests; see `testing.MemoryStreams`."""
 
 
-def _origin(url: httpx.URL) -> str:
-    return f"{url.scheme}://{url.netloc.decode()}"
+def _stand_in(request: httpx.Request) -> httpx.MockTransport | None:
+    return stand_ins.get(f"{request.url.scheme}://{request.url.netloc.decode()}") if stand_ins else None
 
 
 class _Sending:
@@ -152,7 +152,7 @@ class StreamClient(_Sending):
             return self._http
 
     def _send(self, request: httpx.Request) -> StreamResponse:
-        transport = (stand_ins and stand_ins.get(_origin(request.url))) or self._connections()
+        transport = _stand_in(request) or self._connections()
         with closing(transport.handle_request(request)) as response:
             return StreamResponse(response.status_code, response.headers, response.read())
 
@@ -245,7 +245,7 @@ class AsyncStreamClient(_Sending):
         return http
 
     async def _send(self, request: httpx.Request) -> StreamResponse:
-        transport = (stand_ins and stand_ins.get(_origin(request.url))) or self._connections()
+        transport = _stand_in(request) or self._connections()
         async with aclosing(await transport.handle_async_request(request)) as response:
             return StreamResponse(response.status_code, response.headers, await response.aread())
 

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import sqlalchemy as sa
+from dramatiq.brokers.redis import RedisBroker
 from sqlalchemy.orm import Session
 
 from broadcastable.client import StreamClient
 from broadcastable.durable_streams import DurableStreams
 from broadcastable.settings import Settings
 from broadcastable.tokens import Gatekeeper, generate_key_pair
+from broadcastable.wakeups import enqueue
 from tests import services
 from tests.chaos.models import Commit, Message, create
 
@@ -122,6 +124,7 @@ class Stack:
         app = [*python, "-m", "tests.chaos.app", str(writers), str(rooms)]
         self.applications = [Part(app, environment, directory / f"app{n}.log") for n in range(applications)]
         self._client = StreamClient(self.settings, Gatekeeper(self.settings))
+        self._broker = RedisBroker(url=self.valkey.url, middleware=[])
         self._port = port
         create(database_url, rooms)
 
@@ -137,6 +140,7 @@ class Stack:
         for part in (*self.applications, *self.workers, self.server):
             part.kill()
         self._client.close()
+        self._broker.client.connection_pool.disconnect()
         self.valkey.stop()
 
     def server_answers(self) -> bool:
@@ -153,6 +157,11 @@ class Stack:
     def restart_valkey(self) -> None:
         self.valkey.kill()
         self.valkey.start()
+
+    def wake_for_nothing(self) -> None:
+        """Queue a wake-up of every room, as a broker that repeats its messages would."""
+        names = [f"gid://app/Room/{room}/messages" for room in range(1, self.rooms + 1)]
+        enqueue(self._broker, self.settings.namespace, names)
 
     def start_what_died(self) -> None:
         for part in (self.server, *self.workers, *self.applications):
