@@ -226,8 +226,8 @@ class RedisOutbox:
         asleep = tuple(stream for stream, is_asleep in zip(streams, answers, strict=True) if is_asleep)
         if asleep:
             self._asleep[turn] = asleep
-            while len(self._asleep) > TURNS_KEPT:
-                self._asleep.pop(next(iter(self._asleep)), None)
+            for forgotten in list(self._asleep)[:-TURNS_KEPT]:
+                self._asleep.pop(forgotten, None)
 
     def withdraw(self, turn: str, streams: Collection[str]) -> list[str]:
         """See `Outbox.withdraw`."""
