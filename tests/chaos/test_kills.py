@@ -24,6 +24,9 @@ COMMIT_STEPS = [
     *(("database", f"{when} {step}") for step in ("stage", "commit", "staged") for when in ("before", "after")),
 ]
 PASSES = (0, 2, 7)
+"""How often a step is passed before the process dies at it, one death after the other."""
+
+ONCE_A_STREAM = ("anchor", "create")
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 
 
@@ -120,7 +123,7 @@ def test_a_worker_that_dies_at_this_step_leaves_no_trace(
         stack.settle(within=60, commits=6)
         verdict, _ = judge(stack)
     print(f"\n{outbox}, {step}: {deaths} deaths, {verdict}")
-    assert deaths > 0  # a stream is created and anchored once, so these steps come less often than asked for
+    assert deaths > 0  # each stream is created and anchored once, so these steps may come less often than asked for
     assert verdict.events > 5
     assert spotless(verdict), verdict
 
@@ -157,7 +160,7 @@ def die_at(stack: Stack, part: Part, step: str, *, meanwhile: Callable[[], None]
         meanwhile: Called every now and then. Only a wake-up for nothing leads to the step `finish`.
     """
     deaths = 0
-    for passes in PASSES:
+    for passes in PASSES[:2] if step.endswith(ONCE_A_STREAM) else PASSES:
         stack.restart(part, CHAOS_KILL_AT=f"{step}:{passes}")
         deadline = time.monotonic() + 20
         while part.is_running and time.monotonic() < deadline:
