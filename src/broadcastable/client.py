@@ -4,7 +4,7 @@ Each keeps its connections alive and makes them when first needed: once per proc
 for the asynchronous one once per event loop. What a request means is in `protocol`.
 
 They use httpx's transports, which keep the connections, and not its clients: redirects, cookies and a line in the log
-for each request are a quarter of the work for a frame, and none of them is wanted.
+for each request are a third of its work, and none of them is wanted.
 """
 
 from __future__ import annotations

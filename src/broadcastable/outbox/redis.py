@@ -145,7 +145,7 @@ class RedisOutbox:
         self._acked = Tally()
         self._wake = wake
         # By turn, the streams that slept when it was reserved.
-        self._asleep: dict[str, tuple[str, ...]] = {}
+        self._asleep: dict[str, frozenset[str]] = {}
 
     @classmethod
     def from_settings(
@@ -186,17 +186,12 @@ class RedisOutbox:
             if needs_waking and stream not in woken
         ]
 
-    def _asleep_before(self, batches: Iterable[Batch]) -> list[str]:
+    def _asleep_before(self, batches: Sequence[Batch]) -> list[str]:
         """The streams of *batches* that slept when their places were reserved, each once."""
-        streams: set[str] = set()
-        slept: dict[str, tuple[str, ...]] = {}
-        for batch in batches:
-            if batch.turn is not None:
-                if batch.turn not in slept:
-                    slept[batch.turn] = self._asleep.pop(batch.turn, ())
-                if batch.stream in slept[batch.turn]:
-                    streams.add(batch.stream)
-        return sorted(streams)
+        slept: dict[str, frozenset[str]] = {}
+        for turn in {batch.turn for batch in batches if batch.turn is not None}:
+            slept[turn] = self._asleep.pop(turn, frozenset())
+        return sorted({batch.stream for batch in batches if batch.stream in slept.get(batch.turn or "", ())})
 
     def _put_and_wake(self, calls: Sequence[_Call], asleep: Sequence[str]) -> tuple[frozenset[str], list[Any]]:
         """Those of *asleep* that were woken in the same round trip, and the answers to *calls*."""
@@ -223,7 +218,7 @@ class RedisOutbox:
         """See `Outbox.reserve`. One round trip."""
         calls = [_Call("reserve", self._ordered_keys(stream)[1:], (turn, TURN_PATIENCE)) for stream in streams]
         answers = self._call(calls, self._reserving)
-        asleep = tuple(stream for stream, is_asleep in zip(streams, answers, strict=True) if is_asleep)
+        asleep = frozenset(stream for stream, is_asleep in zip(streams, answers, strict=True) if is_asleep)
         if asleep:
             self._asleep[turn] = asleep
             for forgotten in list(self._asleep)[:-TURNS_KEPT]:
