@@ -90,6 +90,9 @@ def test_one_verifying_key_need_not_be_in_a_tuple(given: Any) -> None:
         ({"server_url": "http://a/#x"}, "server_url"),
         ({"server_url": "http://a /x"}, "server_url"),
         ({"server_url": "http://[::1"}, "server_url"),
+        ({"server_url": "http://localhost:abc/x"}, "server_url"),
+        ({"server_url": "http://localhost:99999"}, "server_url"),
+        ({"server_url": "http://local..host/"}, "server_url"),
         ({"server_url": ()}, "server_url"),
         ({"server_url": ""}, "server_url"),
         ({"client_url": "a"}, "client_url"),
@@ -98,6 +101,12 @@ def test_one_verifying_key_need_not_be_in_a_tuple(given: Any) -> None:
         ({"outbox": "kafka"}, "memory, redis, database"),
         ({"txid_from": "clock"}, "uuid, postgres"),
         ({"outbox": "redis"}, "BROADCASTABLE_REDIS_URL"),
+        ({"redis_url": "localhost:6379"}, "redis_url"),
+        ({"redis_url": "redis://:hush@localhost:abc"}, "redis_url"),
+        ({"database_url": "chat.db"}, "database_url"),
+        ({"database_url": "postgresql://ann:hush@localhost:abc/chat"}, "database_url"),
+        ({"signing_key": b"-----BEGIN PRIVATE KEY-----"}, "signing_key is PEM text or a path; got bytes"),
+        ({"verify_keys": [None]}, "verify_keys is PEM text or a path; got NoneType"),
         ({"token_expiry": 0}, "token_expiry"),
         ({"token_expiry": 90_000}, "max_token_life"),
         ({"signed_stream_url_expires_in": timedelta(-1)}, "signed_stream_url_expires_in"),
@@ -118,8 +127,9 @@ def test_one_verifying_key_need_not_be_in_a_tuple(given: Any) -> None:
     ],
 )
 def test_a_setting_out_of_range_is_named(wrong: dict[str, Any], named: str) -> None:
-    with pytest.raises(ConfigurationError, match=named):
+    with pytest.raises(ConfigurationError, match=named) as raised:
         Settings().replace(**wrong)
+    assert "hush" not in str(raised.value)
 
 
 @pytest.mark.parametrize("outbox", get_args(OutboxKind))

@@ -139,7 +139,7 @@ class StreamNotFound(StreamError, LookupError):
 
 
 class StreamConflict(StreamError):
-    """409: the stream exists with another content type or lifetime."""
+    """409: the stream exists with another content type. Closed is `StreamClosed`; another lifetime is no error."""
 
 
 class StreamClosed(StreamError):
@@ -175,7 +175,10 @@ class ProducerGap(StreamError):
 
 
 class StreamUnavailable(StreamError, ConnectionError):
-    """Not reached, 429 or 5xx. `retry_after` is the server's own wish in seconds, if it had one."""
+    """Not reached, 429, 5xx, or a success that no stream server sent.
+
+    `retry_after` is the server's own wish in seconds, if it had one.
+    """
 
     retryable = True
 

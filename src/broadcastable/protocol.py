@@ -58,6 +58,14 @@ class Created:
 
 
 @dataclass(frozen=True, slots=True)
+class Existing:
+    """A JSON stream that was there before, and not as a PUT wanted it."""
+
+    offset: str
+    closed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Appended:
     """Events that are stored.
 
@@ -96,12 +104,31 @@ def read_created(response: StreamResponse, stream: str) -> Created:
     """The result of `create_request`.
 
     Raises:
-        StreamConflict: It exists with another content type or lifetime.
+        StreamConflict: It exists and is closed, or has another content type or lifetime; `read_existing` says what.
         StreamError: Any other refusal, by its status.
     """
     if response.status in {200, 201, 204}:
-        return Created(response.headers.get("Stream-Next-Offset", BEGINNING), response.status == 201)
+        return Created(_next_offset(response, stream), response.status == 201)
     raise error_for(response, stream)
+
+
+def read_existing(response: StreamResponse, stream: str) -> Existing:
+    """What stands at *stream* where a PUT was refused as a conflict: the result of `head_request` (5.1, 5.4).
+
+    Raises:
+        StreamConflict: Something that is not JSON.
+        StreamNotFound: It is gone by now.
+    """
+    offset = read_head(response, stream)
+    content_type = response.headers.get("Content-Type", "")
+    if content_type.partition(";")[0].strip().lower() != JSON:
+        raise errors.StreamConflict(
+            f"Stream {stream!r} exists and holds {content_type or 'bytes of no type'}, not JSON. Delete it, or use "
+            "another name",
+            stream=stream,
+            status=409,
+        )
+    return Existing(offset, closed=_says_closed(response))
 
 
 def append_request(stream: str, body: bytes, frame: FrameId | None = None) -> StreamRequest:
@@ -130,12 +157,11 @@ def read_appended(response: StreamResponse, stream: str, *, produced: bool) -> A
         ProducerFenced, ProducerGap: The server's producer state differs from ours.
         StreamNotFound, StreamClosed, FrameTooLarge, StreamRefused, StreamUnavailable: By the status.
     """
-    offset = response.headers.get("Stream-Next-Offset")
     if response.status in {200, 201}:
-        return Appended(offset)
+        return Appended(_next_offset(response, stream))
     if response.status == 204:
         # With producer headers 204 means "had it before"; without them it is plain success (5.2, 5.2.1).
-        return Appended(offset, duplicate=produced)
+        return Appended(response.headers.get("Stream-Next-Offset"), duplicate=produced)
     raise error_for(response, stream)
 
 
@@ -151,7 +177,7 @@ def read_head(response: StreamResponse, stream: str) -> str:
         StreamNotFound: No such stream.
     """
     if response.status in {200, 204}:
-        return response.headers["Stream-Next-Offset"]
+        return _next_offset(response, stream)
     raise error_for(response, stream)
 
 
@@ -169,6 +195,7 @@ def read_page(response: StreamResponse, stream: str) -> ReadPage:
         StreamError: What the stream holds is no JSON.
     """
     if response.status in {200, 204}:
+        next_offset = _next_offset(response, stream)
         try:
             events = msgspec.json.decode(response.body, type=tuple[msgspec.Raw, ...]) if response.body else ()
         except (msgspec.DecodeError, RecursionError) as error:
@@ -180,7 +207,7 @@ def read_page(response: StreamResponse, stream: str) -> ReadPage:
             ) from error
         return ReadPage(
             tuple(bytes(event) for event in events),
-            response.headers["Stream-Next-Offset"],
+            next_offset,
             response.headers.get("Stream-Up-To-Date", "").lower() == "true",
         )
     raise error_for(response, stream)
@@ -222,8 +249,7 @@ def close_request(stream: str) -> StreamRequest:
 
 def read_closed(response: StreamResponse, stream: str) -> str | None:
     """The final offset. Closing a closed stream is no error."""
-    closed = response.headers.get("Stream-Closed", "").lower() == "true"
-    if response.status in {200, 204} or (response.status == 409 and closed):
+    if response.status in {200, 204} or (response.status == 409 and _says_closed(response)):
         return response.headers.get("Stream-Next-Offset")
     raise error_for(response, stream)
 
@@ -252,7 +278,7 @@ def error_for(response: StreamResponse, stream: str) -> errors.StreamError:
             expected=int(headers["Producer-Expected-Seq"]),
             stream=stream,
         )
-    if status == 409 and headers.get("Stream-Closed", "").lower() == "true":
+    if status == 409 and _says_closed(response):
         return errors.StreamClosed(f"Stream {stream!r} is closed and takes no more events", **about)
     if status == 409:
         return errors.StreamConflict(
@@ -270,6 +296,23 @@ def error_for(response: StreamResponse, stream: str) -> errors.StreamError:
             **about,
         )
     return errors.StreamRefused(f"The stream server refused a request for {stream!r} ({status})", **about)
+
+
+def _next_offset(response: StreamResponse, stream: str) -> str:
+    """The offset that every success carries (5.1 to 5.5); without it, it is somebody else's success."""
+    offset = response.headers.get("Stream-Next-Offset")
+    if not offset:
+        raise errors.StreamUnavailable(
+            f"What answers for stream {stream!r} is no Durable Streams server ({response.status} without "
+            "Stream-Next-Offset). Is server_url right, and is a proxy or a maintenance page in the way?",
+            stream=stream,
+            status=response.status,
+        )
+    return offset
+
+
+def _says_closed(response: StreamResponse) -> bool:
+    return response.headers.get("Stream-Closed", "").lower() == "true"
 
 
 def retry_after(value: str | None) -> float | None:

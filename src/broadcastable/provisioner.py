@@ -26,8 +26,16 @@ from redis.asyncio.client import Pipeline as AsyncPipeline
 from redis.client import Pipeline
 
 from .client import AsyncStreamClient, StreamClient
-from .errors import BroadcastableError
-from .protocol import Created, StreamRequest, StreamResponse, create_request, read_created
+from .errors import BroadcastableError, StreamConflict
+from .protocol import (
+    Created,
+    StreamRequest,
+    StreamResponse,
+    create_request,
+    head_request,
+    read_created,
+    read_existing,
+)
 from .settings import Settings, seconds
 
 log = logging.getLogger(__name__)
@@ -101,6 +109,7 @@ class StreamProvisioner:
         self._redis: redis.Redis | None = None
         self._redis_by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, redis.asyncio.Redis] = WeakKeyDictionary()
         self._redis_again_at = 0.0
+        self._said_otherwise = False
 
     def ensure(self, stream: str) -> Flow[str | None]:
         """Make *stream* exist. Returns its tail offset if this call made the request, else None.
@@ -135,17 +144,37 @@ class StreamProvisioner:
             self._being_made.pop(stream, None)
 
     def create(self, stream: str) -> Flow[Created]:
-        """PUT *stream* whatever is remembered, and remember it."""
+        """PUT *stream* whatever is remembered, and remember it.
+
+        One that is closed, or was made with another lifetime, can be read, and says itself what cannot be appended.
+        """
         try:
             response = yield create_request(stream, ttl=self._ttl)
             assert isinstance(response, StreamResponse)
-            created = read_created(response, stream)
+            try:
+                created = read_created(response, stream)
+            except StreamConflict:
+                response = yield head_request(stream)
+                assert isinstance(response, StreamResponse)
+                existing = read_existing(response, stream)
+                if not existing.closed:
+                    self._lives_otherwise(stream)
+                created = Created(existing.offset, False)
         except BroadcastableError:
             yield Forget(stream)
             raise
         self._made(stream)
         yield Remember(stream)
         return created
+
+    def _lives_otherwise(self, stream: str) -> None:
+        if not self._said_otherwise:
+            self._said_otherwise = True
+            log.warning(
+                "Stream %s was made with another lifetime than stream_ttl says, and keeps it, as others may; delete "
+                "a stream to have it made anew. This is said once",
+                stream,
+            )
 
     def forget(self, stream: str) -> Flow[None]:
         """The server says that *stream* is gone: every process is to ask again."""

@@ -52,7 +52,8 @@ class Settings:
         signing_key: ES256 private key: PEM text, or the path of a PEM file. Never shown in a repr.
         signing_kid: `kid` header of our tokens; the key's RFC 7638 thumbprint when None.
         verify_keys: Further public keys (PEM or path) that `decode` accepts, for rotation; `kid=PEM` or `kid=path`
-            for a key whose tokens carry a `signing_kid` of their own. Of a private key the public half is used.
+            for a key whose tokens carry a `signing_kid` of their own. Of a private key the public half is used. Not
+            in the repr either.
         token_issuer: `iss` claim, checked when a token is decoded.
         token_audience: `aud` claim, added and checked when set.
         token_expiry: Life of our own server tokens.
@@ -65,7 +66,8 @@ class Settings:
         namespace: Prefix of our Redis keys, Dramatiq queue and producer id; one for each set of streams.
         keys_as_strings: Whether primary and foreign keys travel as text, as the reference client needs.
         txid_from: "uuid", or "postgres" for `pg_current_xact_id()`.
-        stream_ttl: `Stream-TTL` of provisioned streams; None keeps them.
+        stream_ttl: `Stream-TTL` of streams that are made from now on; None keeps them. One that exists keeps the
+            lifetime that it was made with.
         provisioned_for: How long Redis remembers that a stream exists.
         request_timeout: Limit of one request to the stream server, and of one attempt only.
         max_frame_bytes: Largest body of one append, 1 to 2**30.
@@ -77,7 +79,7 @@ class Settings:
     client_url: str | tuple[str, ...] | None = None
     signing_key: str | None = field(default=None, repr=False)
     signing_kid: str | None = None
-    verify_keys: tuple[str, ...] = ()
+    verify_keys: tuple[str, ...] = field(default=(), repr=False)
     token_issuer: str = "broadcastable"  # noqa: S105  no secret
     token_audience: str | None = None
     token_expiry: timedelta | float = 120.0
@@ -102,8 +104,11 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
-        if isinstance(self.verify_keys, str):
+        if isinstance(self.verify_keys, str | os.PathLike):
             object.__setattr__(self, "verify_keys", (self.verify_keys,))
+        object.__setattr__(self, "verify_keys", tuple(_text_of(key, "verify_keys") for key in self.verify_keys))
+        if self.signing_key is not None:
+            object.__setattr__(self, "signing_key", _text_of(self.signing_key, "signing_key"))
         for url in (*self.server_urls, *self.client_urls):
             if not _is_plain_http(url):
                 raise ConfigurationError(
@@ -114,6 +119,13 @@ class Settings:
             raise ConfigurationError("server_url names no server; give a URL such as http://localhost:4437/v1/streams")
         if len(self.client_urls) != len(self.server_urls):
             raise ConfigurationError("client_url must name as many servers as server_url, in the same order")
+        if self.redis_url is not None and not _is_redis(self.redis_url):
+            # Not quoted: it may hold a password.
+            raise ConfigurationError("redis_url is a URL such as redis://localhost:6379/0, rediss:// or unix://")
+        if self.database_url is not None and not _is_of_sqlalchemy(self.database_url):
+            raise ConfigurationError(
+                "database_url is a URL of SQLAlchemy, such as postgresql+psycopg://user:password@localhost/chat"
+            )
         for name, allowed in (("outbox", get_args(OutboxKind)), ("txid_from", get_args(TxidSource))):
             if getattr(self, name) not in allowed:
                 raise ConfigurationError(f"{name} is one of {', '.join(allowed)}; got {getattr(self, name)!r}")
@@ -182,6 +194,13 @@ class Settings:
         return cls(**values)
 
 
+def _text_of(key: object, setting: str) -> str:
+    text = os.fspath(key) if isinstance(key, os.PathLike) else key
+    if not isinstance(text, str):
+        raise ConfigurationError(f"{setting} is PEM text or a path; got {type(text).__name__}")
+    return text
+
+
 def _urls(value: str | tuple[str, ...]) -> tuple[str, ...]:
     return tuple(url.rstrip("/") for url in ((value,) if isinstance(value, str) else value))
 
@@ -189,9 +208,37 @@ def _urls(value: str | tuple[str, ...]) -> tuple[str, ...]:
 def _is_plain_http(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        return parts.scheme in {"http", "https"} and bool(parts.hostname) and not set(url) & set("?# \t\r\n")
+        host, port = parts.hostname or "", parts.port
+        # An empty label, as in `a..b`, is found out by the resolver otherwise.
+        return (
+            parts.scheme in {"http", "https"}
+            and bool(host.encode("idna"))
+            and port != 0
+            and not set(url) & set("?# \t\r\n")
+        )
     except ValueError:
         return False
+
+
+def _is_redis(url: str) -> bool:
+    from redis.connection import parse_url
+
+    try:
+        parse_url(url)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_of_sqlalchemy(url: str) -> bool:
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        make_url(url)
+    except (ArgumentError, ValueError):
+        return False
+    return True
 
 
 def _boolean(text: str) -> bool:
@@ -230,6 +277,14 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     ),
     **dict.fromkeys(("max_frame_bytes", "max_frame_events", "memory_outbox_bytes"), int),
 }
+
+
+def existing_file(text: str) -> Path | None:
+    """*text* as a path, when something is there; None also for what no path can be, such as the text of a key."""
+    try:
+        return Path(text) if text and Path(text).exists() else None
+    except (OSError, ValueError):
+        return None
 
 
 def read_pem(key: str, setting: str) -> bytes:

@@ -19,7 +19,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Final
 
 import jwt
@@ -36,7 +35,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from .errors import ConfigurationError, ExpiredToken, InvalidToken, TokenError, UsageError
 from .events import encode_json
-from .settings import Settings, read_pem, seconds
+from .settings import Settings, existing_file, read_pem, seconds
 
 PERMISSIONS: Final = ("read", "write")
 """What a token may grant on its stream."""
@@ -269,7 +268,7 @@ def _split_kid(entry: str) -> tuple[str | None, str]:
     if begin:
         return head.strip().removesuffix("=") or None, begin + rest
     kid, equals, path = entry.partition("=")
-    return (kid, path) if equals and not Path(entry).exists() else (None, entry)
+    return (kid, path) if equals and not existing_file(entry) else (None, entry)
 
 
 def _load_key(key: str, setting: str) -> ec.EllipticCurvePrivateKey | ec.EllipticCurvePublicKey:

@@ -180,11 +180,11 @@ class Programs(RuleBasedStateMachine):
         with session.no_autoflush:
             taken = set(session.scalars(sa.select(Thing.id)))
         self.forget_rows_but(session, taken)
+        # What is deleted is gone with the next flush: SQLAlchemy makes a new row of its key one UPDATE.
+        taken -= {sa.inspect(each).identity[0] for each in session.deleted}
         for each in (*session.new, *session.identity_map.values()):
-            if isinstance(each, Thing):
+            if isinstance(each, Thing) and each not in session.deleted:
                 taken.add(sa.inspect(each).dict.get("id", 0))
-        for each in session.deleted:
-            taken.discard(sa.inspect(each).identity[0])  # gone with the next flush: SQLAlchemy makes it one UPDATE
         free = [each for each in range(1, 7) if each not in taken]
         return free[number % len(free)] if free else None
 

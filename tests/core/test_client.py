@@ -127,6 +127,16 @@ def test_every_refusal_has_a_name_for_every_operation(
     assert raised.value.retryable is (status == 429 or status >= 500)
 
 
+@pytest.mark.parametrize("verb", ["create", "append", "append a frame", "head", "read"])
+def test_a_success_that_no_stream_server_sent_is_none(settings: Settings, verb: str) -> None:
+    """A maintenance page with 200 for everything, or a `server_url` that names another service."""
+    page = httpx.Response(200, html="<p>We are back soon</p>")
+    other = StreamClient(settings, Gatekeeper(settings), transport=httpx.MockTransport(lambda request: page))
+    with pytest.raises(errors.StreamUnavailable, match="no Durable Streams server") as raised:
+        VERBS[verb](other)
+    assert raised.value.retryable
+
+
 @pytest.mark.parametrize("body", [b"[NaN]", b"{}", b"[1,", b"[" * 100_000 + b"]" * 100_000])
 def test_a_stream_that_holds_no_json_is_a_stream_error(settings: Settings, body: bytes) -> None:
     """Another writer's server may be less strict than ours; its readers catch one family of errors."""

@@ -101,7 +101,7 @@ def test_each_stream_numbers_its_own_frames(relay: Relay, outbox: MemoryOutbox, 
 
 
 @pytest.mark.parametrize(
-    "fault", [lose_request, lose_answer, answer(503), answer(429, Retry_After="7"), refuse_connection]
+    "fault", [lose_request, lose_answer, answer(503), answer(200), answer(429, Retry_After="7"), refuse_connection]
 )
 @pytest.mark.parametrize("times", [1, 2, 5])
 def test_a_fault_on_the_way_neither_loses_nor_doubles(

@@ -8,6 +8,7 @@ import json
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -20,10 +21,12 @@ from broadcastable.errors import (
     ConfigurationError,
     InvalidStreamName,
     StreamClosed,
+    StreamConflict,
     StreamUnavailable,
     UnknownPermission,
     UsageError,
 )
+from broadcastable.protocol import create_request, head_request
 from broadcastable.server.embedded import EmbeddedServer, embedded_server
 from broadcastable.settings import Settings, override
 from tests import services
@@ -210,6 +213,46 @@ def test_a_closed_stream_takes_nothing_more(streams: DurableStreams, name: str) 
         streams.broadcast_to(name, n=2)
     assert streams.delete_stream(name) is True
     assert streams.delete_stream(name) is False
+
+
+def test_a_closed_stream_is_followed_by_a_process_that_never_saw_it(streams: DurableStreams, name: str) -> None:
+    """Its events are complete, and stay; what comes later is refused for the true reason."""
+    streams.broadcast_to(name, n=1)
+    streams.close_stream(name)
+    with DurableStreams(streams.settings) as later:
+        assert later.stream_offset(name) == streams.stream_offset(name)
+        assert httpx.get(later.signed_stream_url(name)).json() == [{"n": 1}]
+        with pytest.raises(StreamClosed):
+            later.broadcast_to(name, n=2)
+    with DurableStreams(streams.settings) as later:
+        later.broadcast_later_to(name, n=2)
+        assert later.drain(10)
+        assert "is closed" in str(later.outbox.pending()[0].parked)
+
+
+def test_a_stream_keeps_the_lifetime_that_it_was_made_with(
+    streams: DurableStreams, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = [name, f"{name}/2"]
+    for each in names:
+        streams.broadcast_to(each, n=1)
+    with DurableStreams(streams.settings, stream_ttl=3_600) as later:
+        for each in names:
+            later.broadcast_to(each, n=2)
+            later.broadcast_later_to(each, n=3)
+        assert later.drain(10)
+        assert [read(later, each) for each in names] == [[{"n": 1}, {"n": 2}, {"n": 3}]] * 2
+        later.broadcast_to(f"{name}/3", n=1)
+        assert later.client.send(head_request(f"{name}/3")).headers["Stream-TTL"] == "3600"
+    assert [record.levelname for record in caplog.records if "another lifetime" in record.message] == ["WARNING"]
+
+
+def test_a_stream_of_another_content_type_is_named_so(streams: DurableStreams, name: str) -> None:
+    made = replace(create_request(name), headers={"Content-Type": "text/plain"})
+    assert streams.client.send(made).status == 201
+    for verb in (streams.broadcast_to, streams.signed_stream_url):
+        with pytest.raises(StreamConflict, match="holds text/plain"):
+            verb(name)
 
 
 def test_a_server_that_answers_500_leaves_nothing_half_done(name: str, server: EmbeddedServer) -> None:
