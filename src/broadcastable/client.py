@@ -63,6 +63,23 @@ def _stand_in(request: httpx.Request) -> httpx.MockTransport | None:
     return stand_ins.get(f"{request.url.scheme}://{request.url.netloc.decode()}") if stand_ins else None
 
 
+def certificates_for(*urls: str) -> ssl.SSLContext:
+    """Whom a client of *urls* trusts: the authorities of certifi, or those that `SSL_CERT_FILE` or `SSL_CERT_DIR` name.
+
+    To read them takes 50 ms, so not where no server has a certificate. Of the environment only these two count: a proxy
+    for the world outside must not come between an application and its stream server.
+    """
+    if any(url.startswith("https:") for url in urls):
+        return httpx.create_ssl_context()
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody
+
+
+def _remedy_for(reason: str) -> str:
+    if "CERTIFICATE_VERIFY_FAILED" in reason:
+        return "Of a private authority, name the certificate in the environment: SSL_CERT_FILE"
+    return "Is it running, and is server_url right?"
+
+
 class _Sending:
     """What both clients share: URLs, headers, what an httpx error means, and when to try again."""
 
@@ -70,12 +87,6 @@ class _Sending:
         self._bases = settings.server_urls
         self._timeouts = httpx.Timeout(seconds(settings.request_timeout)).as_dict()
         self._gatekeeper = gatekeeper
-
-    def _verify(self) -> ssl.SSLContext | bool:
-        """For httpx: to read the certificate authorities takes 50 ms, so not where no server has a certificate."""
-        if any(url.startswith("https:") for url in self._bases):
-            return True
-        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody
 
     def _http_request(self, request: StreamRequest) -> httpx.Request:
         return httpx.Request(
@@ -96,7 +107,7 @@ class _Sending:
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout | httpx.UnsupportedProtocol):
             return StreamUnavailable(
                 f"The stream server at {where} cannot be reached (stream {request.stream!r}): "
-                f"{reason}. Is it running, and is server_url right?",
+                f"{reason}. {_remedy_for(reason)}",
                 stream=request.stream,
             )
         return StreamTimeout(
@@ -146,7 +157,7 @@ class StreamClient(_Sending):
             # A child that shared its parent's sockets would read the parent's answers.
             if self._http is None or self._pid != os.getpid():
                 self._http = self._transport or httpx.HTTPTransport(
-                    limits=_LIMITS, trust_env=False, verify=self._verify()
+                    limits=_LIMITS, trust_env=False, verify=certificates_for(*self._bases)
                 )
                 self._pid = os.getpid()
             return self._http
@@ -240,7 +251,7 @@ class AsyncStreamClient(_Sending):
         http = self._https.get(loop)
         if http is None:
             http = self._https[loop] = self._transport or httpx.AsyncHTTPTransport(
-                limits=_LIMITS, trust_env=False, verify=self._verify()
+                limits=_LIMITS, trust_env=False, verify=certificates_for(*self._bases)
             )
         return http
 

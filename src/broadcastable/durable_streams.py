@@ -11,7 +11,7 @@ import asyncio
 import logging
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
@@ -807,7 +807,7 @@ class AsyncDurableStreams(_Verbs):
         identity: object = None,
         expires_in: timedelta | float | None = None,
         wait: timedelta | float = 0.0,
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """See `DurableStreams.stream_snapshot`."""
         snapshots.check_statement(statement)
         name = self._needed_name(streamables)
@@ -819,9 +819,13 @@ class AsyncDurableStreams(_Verbs):
         yield head[:-1] + b',"events":['
         chunks = snapshots.stream_events(session.sync_session, statement, snapshots.row_encoder(name, self.settings))
         comma = b""
-        while (chunk := await session.run_sync(lambda _: next(chunks, None))) is not None:
-            yield comma + b",".join(chunk)
-            comma = b","
+        try:
+            while (chunk := await session.run_sync(lambda _: next(chunks, None))) is not None:
+                yield comma + b",".join(chunk)
+                comma = b","
+        finally:
+            # A reader that left: what the generator holds can be given back only where the driver may be awaited.
+            await session.run_sync(lambda _: chunks.close())
         yield b"]}"
 
     async def _wait_for_outbox(self, name: str, timeout: float) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy import ForeignKey
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
-from broadcastable import Broadcastable, streams, streams_to
+from broadcastable import Broadcastable, snapshots, streams, streams_to, suppressing_streams
 from broadcastable.durable_streams import AsyncDurableStreams, DurableStreams
 from broadcastable.errors import BlankStreamables, StaleSnapshotError, UsageError
 from broadcastable.server.embedded import EmbeddedServer, embedded_server
@@ -254,3 +254,30 @@ def test_the_asynchronous_twin_does_the_same(
         await engine.dispose()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("backend", ["sqlite", "postgres"])
+def test_a_reader_that_leaves_an_asynchronous_snapshot_leaves_the_session_as_it_was(
+    backend: str, request: pytest.FixtureRequest, durable_streams: DurableStreams, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The cursor is closed where its driver can be awaited, not by the collector."""
+    engine = services.open_async_engine(request.getfixturevalue(f"{backend}_url"))
+
+    async def main() -> None:
+        async with engine.begin() as connection:
+            await connection.run_sync(Base.metadata.create_all)
+        async with AsyncDurableStreams(durable_streams) as twin, AsyncSession(engine) as session:
+            with suppressing_streams():
+                session.add(Room(id=1))
+                session.add_all([Message(id=n, room_id=1, body="one") for n in range(2 * snapshots.CHUNK_ROWS)])
+                await session.commit()
+            pieces = twin.stream_snapshot(session, IN_ROOM, "gid://app/Room/1", "messages")
+            assert await anext(pieces)
+            assert await anext(pieces)
+            await pieces.aclose()
+            assert not session.in_transaction()
+            assert await session.scalar(sa.select(sa.func.count()).select_from(Message)) == 2 * snapshots.CHUNK_ROWS
+        await engine.dispose()
+
+    asyncio.run(main())
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from broadcastable.errors import ConfigurationError
 from broadcastable.names import stream_path
 from broadcastable.server import GatekeeperMiddleware
+from broadcastable.server.caddyfile import CaddySite, caddyfile
 from broadcastable.settings import Settings
 from broadcastable.tokens import Gatekeeper, generate_key_pair
 from tests.server.attacks import MOUNT, STREAM, Attack, attacks, token
@@ -30,8 +31,12 @@ def bearer(text: str) -> tuple[bytes, bytes]:
     return b"authorization", f"Bearer {text}".encode("latin-1")
 
 
+def gatekeeper() -> Gatekeeper:
+    return Gatekeeper(Settings(signing_key=KEYS.private_pem))
+
+
 def gate(inside: Any, **options: Any) -> GatekeeperMiddleware:
-    return GatekeeperMiddleware(inside, Gatekeeper(Settings(signing_key=KEYS.private_pem)), **options)
+    return GatekeeperMiddleware(inside, gatekeeper(), **options)
 
 
 def hold(app: Any, **request: Any) -> Exchange:
@@ -573,7 +578,17 @@ def test_a_page_may_read_the_protocol_s_headers_and_see_a_refusal(allowed: list[
         assert got.header("access-control-allow-credentials") is None
 
 
-@pytest.mark.parametrize("origin", ["app.example.com", f"{PAGE}/", f"{PAGE}/path", "https://*.example.com", ""])
+@pytest.mark.parametrize("given", [PAGE, "https://App.Example.com", "HTTPS://app.example.com:443"])
+def test_an_origin_may_be_written_otherwise_than_browsers_send_it(given: str) -> None:
+    got = preflight(gate(Inside(), allowed_origins=[given]))
+    assert got.header("access-control-allow-origin") == PAGE
+    assert f'header Origin "{PAGE}"' in caddyfile(CaddySite(port=4437, origins=[given]), gatekeeper().jwks())
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["app.example.com", f"{PAGE}/", f"{PAGE}/path", "https://*.example.com", "", "http://a b", f"{PAGE}}}", "https://é"],
+)
 def test_something_that_is_no_origin_is_refused_at_once(origin: str) -> None:
     with pytest.raises(ConfigurationError, match="allowed_origins"):
         gate(Inside(), allowed_origins=[origin])

@@ -161,14 +161,15 @@ def _cors(site: CaddySite) -> str:
         "@preflight {\n\tmethod OPTIONS\n\theader Origin *\n\theader Access-Control-Request-Method *\n}\n"
         "respond @preflight 403"
     )
-    if not site.origins:
+    origins = Origins(site.origins).allowed
+    if not origins:
         return f"# No page of another origin may call: see `origins` in broadcastable.toml.\n{preflight}"
-    everyone = "*" in site.origins
+    everyone = "*" in origins
     headers = f"""\
 header @page {{
 	Access-Control-Allow-Origin {_quoted("*" if everyone else "{http.request.header.Origin}")}
 	Access-Control-Expose-Headers {_quoted(EXPOSED)}"""
-    let_in = "header Origin *" if everyone else "\n".join(f"header Origin {_quoted(each)}" for each in site.origins)
+    let_in = "header Origin *" if everyone else "\n".join(f"header Origin {_quoted(each)}" for each in origins)
     return f"""\
 @page {{
 {_indented(let_in)}
