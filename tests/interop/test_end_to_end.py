@@ -11,6 +11,8 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from broadcastable.durable_streams import DurableStreams
+from broadcastable.errors import StreamClosed
 from broadcastable.transactions import confirm_txid
 from tests.interop.application import Application, http_front
 from tests.interop.conftest import Page, Server
@@ -292,6 +294,27 @@ def test_the_plain_client_reads_on_from_an_offset(app: Application, page: Page) 
     app.commit(Message(id="m2", room_id=1, body="two"))
     assert app.durable_streams.drain()
     assert [event["key"] for event in page.read(messages, first["offset"])["items"]] == ["m2"]
+
+
+@pytest.mark.parametrize("change", ["closed", "another lifetime"])
+def test_a_process_that_never_saw_a_stream_follows_it_as_it_is(app: Application, page: Page, change: str) -> None:
+    """Its PUT is a conflict on every server, and none says why."""
+    messages = room_stream(app, "messages")
+    app.commit(Room(id=1, name="Lobby"), Message(id="m1", room_id=1, body="one"))
+    assert app.durable_streams.drain()
+    ttl = None
+    if change == "closed":
+        app.durable_streams.close_stream(messages)
+    else:
+        ttl = 3_600
+    with DurableStreams(app.durable_streams.settings, stream_ttl=ttl) as later:
+        assert later.stream_offset(messages) == app.durable_streams.stream_offset(messages)
+        if ttl is None:
+            with pytest.raises(StreamClosed):
+                later.broadcast_to(messages, n=2)
+        else:
+            later.broadcast_to(messages, n=2)
+    assert [event.get("key") for event in page.read(messages)["items"]] == ["m1", *([None] if ttl else [])]
 
 
 def test_the_events_of_one_transaction_come_to_the_page_at_once(app: Application, page: Page) -> None:
