@@ -7,8 +7,8 @@ httpx is loaded before a test asks for a fixture.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,23 +16,40 @@ import pytest
 if TYPE_CHECKING:
     from broadcastable import DurableStreams
     from broadcastable.server import EmbeddedServer
-    from broadcastable.testing import MemoryStreams, Recording
+    from broadcastable.testing import BroadcastAssertion, MemoryStreams, Recording
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Generator[None, object, object]:
     """Fail a test that made an assertion and had nobody check it: it could not fail."""
-    # The module is there once a test or its fixtures have imported it; a test that imports it itself is only warned.
-    asserting = sys.modules.get("broadcastable.testing.asserting")
-    if asserting is None:
-        return (yield)
-    with asserting.keeping_unused() as unused:
+    with _keeping() as made:
         result = yield
+    unused = [each for each in made if not each.used]
     if unused:
         for each in unused:
             each.used = True  # told of here, so not by a warning
         pytest.fail("\n".join(each.in_vain() for each in unused), pytrace=False)
     return result
+
+
+_kept: dict[int, list[BroadcastAssertion]] = {}  # by identity, not by equality
+
+
+def keep(assertion: BroadcastAssertion) -> None:
+    """Called by every assertion that is made: one that is thrown away at once would leave no trace."""
+    for made in list(_kept.values()):
+        made.append(assertion)
+
+
+@contextmanager
+def _keeping() -> Iterator[list[BroadcastAssertion]]:
+    """The assertions made until the end of the block, in any thread."""
+    made: list[BroadcastAssertion] = []
+    _kept[id(made)] = made
+    try:
+        yield made
+    finally:
+        del _kept[id(made)]
 
 
 @pytest.fixture

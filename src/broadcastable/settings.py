@@ -224,7 +224,7 @@ def _is_redis(url: str) -> bool:
     from redis.connection import parse_url
 
     try:
-        parse_url(url)
+        parse_url(url)  # type: ignore[no-untyped-call]
     except ValueError:
         return False
     return True

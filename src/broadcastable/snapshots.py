@@ -8,7 +8,7 @@ again or not at all, and since every event is a whole row under its key, reading
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ def read_events(session: Session, statement: sa.Select[Any], encode: EncodeRow) 
         return tuple(msgspec.json.decode(encode(record)) for record in records)
 
 
-def stream_events(session: Session, statement: sa.Select[Any], encode: EncodeRow) -> Iterator[list[bytes]]:
+def stream_events(session: Session, statement: sa.Select[Any], encode: EncodeRow) -> Generator[list[bytes], None, None]:
     """`read_events` in chunks of `CHUNK_ROWS`, each event as JSON bytes.
 
     The session keeps no row that it did not have before.

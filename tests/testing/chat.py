@@ -38,3 +38,19 @@ class Notice(Base, Broadcastable):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     published: Mapped[bool] = mapped_column(default=False)
+
+
+class Seat(Base, Broadcastable):
+    __tablename__ = "seats"
+    __streams__ = streams_to("seats")
+
+    row: Mapped[int] = mapped_column(primary_key=True)
+    place: Mapped[str] = mapped_column(primary_key=True)
+
+
+class Note(Base, Broadcastable):
+    __tablename__ = "notes"
+    __streams__ = streams_to(lambda note: ["notes", note.topic])
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    topic: Mapped[str]

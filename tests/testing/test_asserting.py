@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import subprocess
 import sys
 import threading
@@ -31,7 +32,7 @@ from broadcastable.testing import (
     recording,
 )
 from tests.services import open_async_engine
-from tests.testing.chat import Base, Message, Room
+from tests.testing.chat import Base, Message, Room, Seat
 
 
 def insert(durable_streams: DurableStreams, *streamables: object, key: str = "1", **value: object) -> None:
@@ -75,6 +76,31 @@ def test_blocks_nest(durable_streams: DurableStreams) -> None:
         with assert_broadcasts("rooms", count=1), capture_broadcasts("rooms") as inner:
             insert(durable_streams, "rooms", name="inner")
     assert [each.value for each in inner] == [{"name": "inner"}]
+
+
+def test_an_assertion_is_not_entered_again_within_its_own_block(durable_streams: DurableStreams) -> None:
+    """The inner block would begin the outer one anew, which then overlooks what came before."""
+    once = assert_broadcasts("rooms", count=1)
+    with pytest.raises(UsageError, match=r"assert_broadcasts\(\.\.\.\) at .*:\d+ is in use.* of its own"), once:
+        insert(durable_streams, "rooms", name="outer")
+        with once:
+            insert(durable_streams, "rooms", name="inner")
+    for _ in range(2):
+        with once:
+            insert(durable_streams, "rooms", name="after")
+
+
+def test_a_capture_is_not_entered_again_within_its_own_block(durable_streams: DurableStreams) -> None:
+    seen = capture_broadcasts("rooms")
+    with seen:
+        insert(durable_streams, "rooms", name="outer")
+        with pytest.raises(UsageError, match=r"capture_broadcasts\(\.\.\.\) is in use"):
+            seen.__enter__()
+        insert(durable_streams, "rooms", name="outer")
+    assert len(seen) == 2
+    with seen:
+        pass
+    assert seen == []
 
 
 def test_what_the_block_raises_is_not_hidden_by_the_missing_broadcast(durable_streams: DurableStreams) -> None:
@@ -225,6 +251,29 @@ def test_of_free_json_the_whole_event_is_the_value(durable_streams: DurableStrea
         durable_streams.broadcast_to("rooms", type="message")
 
 
+class Colour(enum.Enum):
+    RED = "red"
+
+
+@pytest.mark.parametrize("key", [7, Colour.RED, b"\x01\xff", UUID(int=1), date(2026, 1, 1)], ids=repr)
+def test_a_key_is_written_as_in_production(key: object, durable_streams: DurableStreams) -> None:
+    with assert_broadcasts("rooms", count=1, key=key):
+        durable_streams.broadcast_event_to("rooms", type="room", key=key, operation="delete")
+
+
+@pytest.mark.parametrize("sequence", [tuple, list])
+def test_a_composite_key_is_written_in_its_parts(session: Session, sequence: Callable[[object], object]) -> None:
+    with assert_broadcasts("seats", count=1, key=sequence((1, "a/b"))):
+        session.add_all([Seat(row=1, place="a/b"), Seat(row=1, place="a")])
+        session.commit()
+
+
+@pytest.mark.parametrize("key", ["", ()])
+def test_a_key_that_no_event_has_is_refused(key: object) -> None:
+    with pytest.raises(UsageError, match="key is text that is not empty"):
+        assert_broadcasts("rooms", count=0, key=key)
+
+
 def test_an_unknown_operation_is_refused() -> None:
     with pytest.raises(UsageError, match="operation is one of insert, update, upsert, delete; got 'create'"):
         assert_broadcasts("rooms", operation="create")
@@ -249,6 +298,21 @@ def test_the_test_so_far_can_be_forgotten(durable_streams: DurableStreams, broad
     insert(durable_streams, "rooms", name="setting the stage")
     broadcasts.clear()
     assert_no_broadcasts()
+
+
+def test_a_recording_compares_with_lists(durable_streams: DurableStreams, broadcasts: Recording) -> None:
+    assert broadcasts == []
+    insert(durable_streams, "rooms", name="a")
+    assert broadcasts != []
+    assert broadcasts == [broadcasts[0]] == capture_broadcasts("rooms") == broadcasts
+    with recording() as inner:
+        assert broadcasts != inner
+        broadcasts.clear()
+        assert broadcasts == inner
+        insert(durable_streams, "rooms", name="b")
+    broadcasts.clear()
+    insert(durable_streams, "rooms", name="c")
+    assert_broadcasts("rooms", count=1, value={"name": "c"})
 
 
 def test_of_recordings_within_each_other_the_innermost_is_looked_at(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
 
 import httpx
 import pytest
@@ -251,8 +253,27 @@ def test_a_clock_may_go_on(durable_streams: DurableStreams, broadcasts: Recordin
     assert [each.timestamp for each in broadcasts] == ["2026-01-01T00:00:00.000Z", "2026-01-01T00:00:01.000Z"]
 
 
-def test_no_id_at_all_is_refused() -> None:
-    with pytest.raises(UsageError), freeze_txid([]):
+@pytest.mark.parametrize("txid", [[], "", [""], [1], 5, None, b"tx"], ids=repr)
+def test_what_is_no_id_is_refused(txid: Any) -> None:
+    with pytest.raises(UsageError, match=r"^freeze_txid\(\)"), freeze_txid(txid):
+        pass
+
+
+def test_what_is_no_id_is_refused_when_its_turn_comes(durable_streams: DurableStreams, session: Session) -> None:
+    """The ids may have no end, so they are not looked through before."""
+    with freeze_txid(itertools.chain(["tx"], itertools.repeat(1))):  # type: ignore[arg-type]
+        session.add(Room(name="Lobby"))
+        session.commit()
+        session.add(Room(name="Attic"))
+        with pytest.raises(UsageError, match=r"^freeze_txid\(\) takes ids .* got 1$"):
+            session.commit()
+        session.rollback()
+
+
+@pytest.mark.parametrize("clock", [date(2026, 1, 1), "2026-01-01T00:00:00Z", 0], ids=repr)
+def test_what_is_no_clock_is_refused(clock: Any) -> None:
+    """Each event would be lost after its commit."""
+    with pytest.raises(UsageError, match=r"^freeze_txid\(clock=\.\.\.\)"), freeze_txid(clock=clock):
         pass
 
 

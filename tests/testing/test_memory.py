@@ -8,8 +8,12 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 
+from broadcastable.durable_streams import DurableStreams
+from broadcastable.errors import ConfigurationError
 from broadcastable.server import EmbeddedServer
+from broadcastable.testing import drain, isolated_durable_streams
 from broadcastable.testing.memory import MemoryStreams
+from broadcastable.tokens import generate_key_pair
 
 JSON = {"Content-Type": "application/json"}
 SEEN = ("stream-up-to-date", "stream-closed", "producer-epoch", "producer-seq", "producer-expected-seq", "stream-ttl")
@@ -173,3 +177,47 @@ def test_it_answers_as_a_real_server_does(
     with httpx.Client(headers=authorization, trust_env=False) as client:
         expected = talk(client, stream_server.url, conversation)
     assert talk(memory_client, memory.url, conversation) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "server_url"),
+    [
+        ("/chat", "https://streams.example/chat"),
+        ("chat/", "https://streams.example/chat/"),
+        ("/chat room", "https://streams.example/chat%20room"),
+        ("/", "https://streams.example"),
+        ("", "https://streams.example/"),
+        ("/v1/streams", ["http://a.example/v1/streams", "http://b.example/v1/streams"]),
+    ],
+)
+def test_the_streams_are_where_the_application_has_them(path: str, server_url: str | list[str]) -> None:
+    memory = MemoryStreams(path=path)
+    key = generate_key_pair().private_pem
+    with DurableStreams(server_url=server_url, signing_key=key, transport=memory) as application:
+        application.broadcast_to("news", headline="Rain")
+    assert memory.names() == ["news"]
+    assert memory.events("news") == [{"headline": "Rain"}]
+
+
+@pytest.mark.parametrize("path", ["/", "/chat"])
+def test_an_isolated_instance_finds_them_there(path: str) -> None:
+    memory = MemoryStreams(path=path)
+    with isolated_durable_streams(memory) as isolated:
+        isolated.broadcast_to("news", headline="Rain")
+        isolated.broadcast_later_to("news", headline="Sun")
+        drain(isolated)
+    assert memory.events("news") == [{"headline": "Rain"}, {"headline": "Sun"}]
+
+
+def test_a_request_for_another_path_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    """Under another name its events would be there, and `events("news")` would be empty."""
+    memory = MemoryStreams()
+    key = generate_key_pair().private_pem
+    with DurableStreams(server_url="https://streams.example/chat", signing_key=key, transport=memory) as application:
+        with pytest.raises(ConfigurationError, match=r"under /v1/streams/ .* for /chat/news\. .*path="):
+            application.broadcast_to("news", headline="Rain")
+        with pytest.raises(AssertionError, match="see the log"), isolated_durable_streams():
+            application.broadcast_later_to("news", headline="Rain")
+            drain(application)
+    assert "for /chat/news" in caplog.text
+    assert memory.names() == []

@@ -154,6 +154,20 @@ def test_an_assertion_that_nobody_has_checked_fails_its_test(suite: pytest.Pytes
     )
 
 
+def test_an_assertion_is_kept_in_mind_by_the_test_that_first_imports_the_kit(suite: pytest.Pytester) -> None:
+    suite.makeini("[pytest]\naddopts = -p no:cacheprovider\nfilterwarnings = ignore\n")
+    suite.makepyfile(
+        """
+        def test_it():
+            from broadcastable.testing import assert_broadcasts
+            check = assert_broadcasts("rooms")
+        """
+    )
+    result = suite.runpytest_subprocess()
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["assert_broadcasts(...) at *.py:3 was neither entered nor *"])
+
+
 def test_every_xdist_process_records_its_own(suite: pytest.Pytester) -> None:
     suite.makepyfile(
         """

@@ -20,8 +20,44 @@ from broadcastable.names import Streamable
 
 from .broadcasts import Broadcast
 from .expectations import Target, Wanted, target_from, wanted_from
-from .recorder import current_recording, nothing_recorded, recorder
+from .recorder import Mark, current_recording, nothing_recorded, recorder
 from .reports import report
+
+
+class _Block:
+    """The block of a `with`, which records from its beginning to its end. One at a time.
+
+    Attributes:
+        start: Where in the record the block begins; None outside of it.
+    """
+
+    def __init__(self) -> None:
+        self.start: Mark | None = None
+        self._holding = ExitStack()
+
+    def begin(self, name: str) -> None:
+        """Begin the block of what is called *name*.
+
+        Raises:
+            UsageError: It has begun already, and would overlook what came before.
+        """
+        if self.start is not None:
+            raise UsageError(
+                f"{name} is in use already. A block within its block, or beside it in another thread or task, needs "
+                "one of its own"
+            )
+        self._holding.enter_context(recorder.held())
+        self.start = recorder.mark()
+
+    @contextmanager
+    def ending(self) -> Iterator[Mark]:
+        """End the block, once everything in it has been looked at from where it began."""
+        assert self.start is not None
+        with self._holding:
+            try:
+                yield self.start
+            finally:
+                self.start = None
 
 
 class BroadcastAssertion:
@@ -38,11 +74,13 @@ class BroadcastAssertion:
         self._count = count
         self._made_at = f"{caller.f_code.co_filename}:{caller.f_lineno}"
         self.used = False
-        self._holding = ExitStack()
-        for kept in list(_kept.values()):
-            kept.append(self)
+        self._block = _Block()
+        # Pytest has its plugin before anybody imports this module, so the plugin is the one to keep them.
+        plugin = sys.modules.get("pytest_broadcastable")
+        if plugin is not None:
+            plugin.keep(self)
 
-    def check_since(self, start: tuple[int, int]) -> None:
+    def check_since(self, start: Mark) -> None:
         """Look at what was broadcast since *start*.
 
         Raises:
@@ -53,7 +91,9 @@ class BroadcastAssertion:
         seen = recorder.since(start)
         found = sum(self._target.covers(each.stream) and self._wanted.matches(each) for each in seen)
         if found != self._count if self._count is not None else not found:
-            raise AssertionError(report(self._target, self._wanted, self._count, seen, recorder.unsent_since(start)))
+            unsent = recorder.unsent_since(start, self._target.records)
+            counted = recorder.counted_since(start)
+            raise AssertionError(report(self._target, self._wanted, self._count, seen, unsent, counted))
 
     def check_so_far(self) -> None:
         """Look at what the test has broadcast so far.
@@ -83,17 +123,16 @@ class BroadcastAssertion:
 
     def __enter__(self) -> None:
         self.used = True
-        self._holding.enter_context(recorder.held())
-        self._start = recorder.mark()
+        self._block.begin(f"{self._called}(...) at {self._made_at}")
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         __tracebackhide__ = True
-        with self._holding:
+        with self._block.ending() as start:
             # What the block raised says more than a broadcast that is missing for it.
             if kind is None:
-                self.check_since(self._start)
+                self.check_since(start)
 
     async def __aenter__(self) -> None:
         self.__enter__()
@@ -112,21 +151,6 @@ class BroadcastAssertion:
         """What to say where nobody has used it."""
         called = f"{self._called}(...) at {self._made_at}"
         return f"{called} was neither entered nor a statement of its own: nothing was checked"
-
-
-_kept: dict[int, list[BroadcastAssertion]] = {}  # by identity, not by equality
-
-
-@contextmanager
-def keeping_unused() -> Iterator[list[BroadcastAssertion]]:
-    """The assertions made until the end of the block, in any thread, of which only the unused are left at its end."""
-    kept: list[BroadcastAssertion] = []
-    _kept[id(kept)] = kept
-    try:
-        yield kept
-    finally:
-        del _kept[id(kept)]
-        kept[:] = [each for each in kept if not each.used]
 
 
 def assert_broadcasts(
@@ -205,19 +229,17 @@ class CapturedBroadcasts(Sequence[Broadcast]):
     def __init__(self, target: Target, so_far: list[Broadcast] | None) -> None:
         self._target = target
         self._seen = so_far
-        self._start: tuple[int, int] | None = None
-        self._holding = ExitStack()
+        self._block = _Block()
 
     def __enter__(self) -> Self:
-        self._holding.enter_context(recorder.held())
-        self._start = recorder.mark()
+        self._block.begin("capture_broadcasts(...)")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with self._holding:
-            self._seen, self._start = self._now(), None
+        with self._block.ending() as start:
+            self._seen = _covered(self._target, start)
 
     async def __aenter__(self) -> Self:
         return self.__enter__()
@@ -228,8 +250,9 @@ class CapturedBroadcasts(Sequence[Broadcast]):
         self.__exit__(kind, value, traceback)
 
     def _now(self) -> list[Broadcast]:
-        if self._start is not None:
-            return _covered(self._target, self._start)
+        start = self._block.start
+        if start is not None:
+            return _covered(self._target, start)
         if self._seen is None:
             raise UsageError(nothing_recorded("capture_broadcasts"))
         return self._seen
@@ -247,8 +270,6 @@ class CapturedBroadcasts(Sequence[Broadcast]):
         return len(self._now())
 
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, CapturedBroadcasts):
-            return self._now() == other._now()
         return self._now() == other
 
     __hash__ = None  # type: ignore[assignment]
@@ -273,5 +294,5 @@ def capture_broadcasts(*streamables: Streamable, exact: bool = False) -> Capture
     return CapturedBroadcasts(target, None if recording is None else _covered(target, recording.begun()))
 
 
-def _covered(target: Target, start: tuple[int, int]) -> list[Broadcast]:
+def _covered(target: Target, start: Mark) -> list[Broadcast]:
     return [each for each in recorder.since(start) if target.covers(each.stream)]

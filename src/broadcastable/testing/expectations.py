@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
@@ -12,17 +12,22 @@ from sqlalchemy.orm import InstanceState
 from broadcastable.errors import BlankStreamables, UsageError
 from broadcastable.events import Operation
 from broadcastable.names import GID, Streamable, flattened, stream_name_from
-from broadcastable.values import to_json_value
+from broadcastable.values import event_key, key_text, to_json_value
 
 from .broadcasts import Broadcast
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Which streams are meant: one, one with those beneath it, or (`name` None) all there are."""
+    """Which streams are meant: one, one with those beneath it, or (`name` None) all there are.
+
+    Attributes:
+        records: The records that name it, for whoever asks what their sessions have still to send.
+    """
 
     name: str | None
     beneath: bool = False
+    records: tuple[object, ...] = field(default=(), repr=False, compare=False)
 
     def covers(self, stream: str) -> bool:
         if self.name is None or stream == self.name:
@@ -46,11 +51,9 @@ def target_from(streamables: Sequence[Streamable], *, exact: bool) -> Target:
     leaves = flattened(streamables)
     if not leaves:
         raise BlankStreamables("All streamables are blank. Name a stream, or give none at all to mean every stream")
-    return Target(stream_name_from(*leaves), beneath=not exact and len(leaves) == 1 and _is_record(leaves[0]))
-
-
-def _is_record(streamable: Streamable) -> bool:
-    return isinstance(streamable, GID) or isinstance(sa.inspect(streamable, raiseerr=False), InstanceState)
+    records = tuple(each for each in leaves if isinstance(sa.inspect(each, raiseerr=False), InstanceState))
+    is_lone_record = len(leaves) == 1 and (bool(records) or isinstance(leaves[0], GID))
+    return Target(stream_name_from(*leaves), beneath=is_lone_record and not exact, records=records)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +95,7 @@ def wanted_from(*, type: str | None, operation: str | None, key: object, value: 
     """`Wanted` from what a test's author writes.
 
     Raises:
-        UsageError: No such operation.
+        UsageError: No such operation, or a key that no event has.
     """
     if operation is not None:
         try:
@@ -100,7 +103,12 @@ def wanted_from(*, type: str | None, operation: str | None, key: object, value: 
         except ValueError:
             raise UsageError(f"operation is one of {', '.join(Operation)}; got {operation!r}") from None
         operation = (Operation.UPDATE if known is Operation.UPSERT else known).value
-    return Wanted(type=type, operation=operation, key=None if key is None else str(key), value=value)
+    return Wanted(type=type, operation=operation, key=None if key is None else _key(key), value=value)
+
+
+def _key(key: object) -> str:
+    """*key* as it travels; several parts are those of a composite primary key."""
+    return event_key(key_text(key) if isinstance(key, tuple | list) else key)
 
 
 def _differences(path: str, wanted: Any, seen: Any) -> Iterator[str]:

@@ -69,15 +69,33 @@ def freeze_txid(
     Args:
         txid: One id for all, or several, of which each transaction takes the next and the last ones share the last.
         clock: The time on the events: one moment, or a function that tells it. The clock goes on when None.
+
+    Raises:
+        UsageError: *clock* or an id is none; of several ids, each but the first is looked at when its turn comes.
     """
-    ids = iter([txid] if isinstance(txid, str) else txid)
+    if not isinstance(txid, Iterable):
+        raise UsageError(f"freeze_txid() takes one id, or several; got {txid!r}")
+    ids = map(_checked, [txid] if isinstance(txid, str) else txid)
     first = next(ids, None)
     if first is None:
         raise UsageError("freeze_txid() needs at least one id")
     following = _then_the_last(first, ids)
-    moment = None if clock is None else clock if callable(clock) else lambda: clock
-    with pinning(txid=lambda: next(following), clock=moment):
+    with pinning(txid=lambda: next(following), clock=_clock(clock)):
         yield
+
+
+def _checked(txid: object) -> str:
+    if not (isinstance(txid, str) and txid):
+        raise UsageError(f"freeze_txid() takes ids that are text and not empty; got {txid!r}")
+    return txid
+
+
+def _clock(clock: datetime | Callable[[], datetime] | None) -> Callable[[], datetime] | None:
+    if isinstance(clock, datetime):
+        return lambda: clock
+    if clock is not None and not callable(clock):
+        raise UsageError(f"freeze_txid(clock=...) is a datetime, or a function that returns one; got {clock!r}")
+    return clock
 
 
 def _then_the_last(first: str, ids: Iterator[str]) -> Iterator[str]:

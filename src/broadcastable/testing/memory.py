@@ -20,6 +20,7 @@ import httpx
 import msgspec
 
 from broadcastable.client import stand_ins
+from broadcastable.errors import ConfigurationError
 from broadcastable.names import Streamable, stream_name_from
 from broadcastable.protocol import BEGINNING, JSON, is_json
 
@@ -62,15 +63,20 @@ class MemoryStreams(httpx.MockTransport):
 
     The fixture `durable_streams` has one already: `memory_streams`.
 
+    Args:
+        path: The path under which it has its streams: that of the `server_url` with which it is used. A request for
+            another path raises `ConfigurationError`. The host does not matter.
+
     Attributes:
         url: Where its streams are. No other object has the same, and no network knows it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, path: str = "/v1/streams") -> None:
         super().__init__(self._answer)
         # RFC 6761, 6.4: names under .invalid never resolve, so what goes past this object fails at once.
         self._origin = f"http://streams-{next(_numbers)}.memory.invalid"
-        self.url = f"{self._origin}/v1/streams"
+        self.url = f"{self._origin}/{path.strip('/')}".rstrip("/")
+        self._root = httpx.URL(f"{self.url}/").raw_path
         self._streams: dict[str, _Stream] = {}
         self._lock = threading.Lock()
 
@@ -101,9 +107,15 @@ class MemoryStreams(httpx.MockTransport):
             del stand_ins[self._origin]
 
     def _answer(self, request: httpx.Request) -> httpx.Response:
-        path = request.url.raw_path.split(b"?")[0].removeprefix(b"/v1/streams/")
+        path = request.url.raw_path.split(b"?")[0]
+        if not path.startswith(self._root):
+            # A 404 would do for a reader, but a writer's streams would then be missing from `events` without a word.
+            raise ConfigurationError(
+                f"This MemoryStreams has its streams under {self._root.decode()} and is asked for {path.decode()}. "
+                "Give it the path of the server_url: MemoryStreams(path=...)"
+            )
         try:
-            name = unquote_to_bytes(path).decode()
+            name = unquote_to_bytes(path.removeprefix(self._root)).decode()
         except UnicodeDecodeError:
             return httpx.Response(400)
         with self._lock:

@@ -7,16 +7,18 @@ pool that was started before, or of an event loop. It listens while it is held, 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 from urllib.parse import urlsplit
 from weakref import WeakSet
 
 from sqlalchemy import event
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, object_session
 
 from broadcastable.client import stand_ins
+from broadcastable.counters import counters
 from broadcastable.declarations import declarations_of
 from broadcastable.durable_streams import DurableStreams, current, intercepting
 from broadcastable.events import Batch
@@ -27,6 +29,14 @@ from broadcastable.unsent import Reason, Unsent, listening
 
 from .broadcasts import Broadcast, broadcasts_in
 from .expectations import target_from
+
+
+class Mark(NamedTuple):
+    """Where a record stands: how much of everything there is."""
+
+    broadcasts: int
+    unsent: int
+    counts: Mapping[str, int]
 
 
 class Recorder:
@@ -83,21 +93,29 @@ class Recorder:
                 self._kept.append((sender, batches))
         return keep
 
-    def mark(self) -> tuple[int, int]:
+    def mark(self) -> Mark:
         """Where the record stands, for `since`."""
         with self._lock:
-            return len(self._broadcasts), len(self._unsent)
+            return Mark(len(self._broadcasts), len(self._unsent), counters.snapshot())
 
-    def since(self, start: tuple[int, int]) -> list[Broadcast]:
+    def since(self, start: Mark) -> list[Broadcast]:
         """What was broadcast since *start*, oldest first."""
         with self._lock:
-            return self._broadcasts[start[0] :]
+            return self._broadcasts[start.broadcasts :]
 
-    def unsent_since(self, start: tuple[int, int]) -> list[Unsent]:
-        """What was not sent since *start*, and what waits for a flush or in an open transaction now."""
+    def counted_since(self, start: Mark) -> Counter[str]:
+        """What the package has counted since *start*."""
+        return Counter(counters.snapshot()) - Counter(start.counts)
+
+    def unsent_since(self, start: Mark, records: Iterable[object] = ()) -> list[Unsent]:
+        """What was not sent since *start*, and what waits for a flush or in an open transaction now.
+
+        Args:
+            records: Ask their sessions too: one that has done nothing while this listened is not known otherwise.
+        """
         with self._lock:
-            unsent = self._unsent[start[1] :]
-            sessions = list(self._sessions)
+            unsent = self._unsent[start.unsent :]
+            sessions = {*self._sessions, *filter(None, map(object_session, records))}
         for session in sessions:
             for stream, count in waiting(session).items():
                 unsent += [Unsent(Reason.OPEN, stream=stream)] * count
@@ -136,11 +154,11 @@ def _origin(url: str) -> str:
 recorder = Recorder()
 """The recorder of this process."""
 
-_recordings: list[Recording] = []
+_recordings: dict[int, Recording] = {}  # by identity, not by equality
 
 
 class Recording(Sequence[Broadcast]):
-    """Everything broadcast since it began, oldest first. Grows as the test goes on."""
+    """Everything broadcast since it began, oldest first. Grows as the test goes on. Compares with lists."""
 
     def __init__(self) -> None:
         self.clear()
@@ -158,7 +176,7 @@ class Recording(Sequence[Broadcast]):
         target = target_from(streamables, exact=exact)
         return [each for each in self._seen() if target.covers(each.stream)]
 
-    def begun(self) -> tuple[int, int]:
+    def begun(self) -> Mark:
         """Where in the record it begins."""
         return self._start
 
@@ -177,6 +195,11 @@ class Recording(Sequence[Broadcast]):
     def __len__(self) -> int:
         return len(self._seen())
 
+    def __eq__(self, other: object) -> bool:
+        return self._seen() == other
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __repr__(self) -> str:
         return f"<Recording of {len(self)} broadcasts>"
 
@@ -186,11 +209,11 @@ def recording() -> Iterator[Recording]:
     """Record, and send nothing, until the end of the block. Assertions without a block look at what is in here."""
     with recorder.held():
         began = Recording()
-        _recordings.append(began)
+        _recordings[id(began)] = began
         try:
             yield began
         finally:
-            _recordings.remove(began)
+            del _recordings[id(began)]
 
 
 def drain(durable_streams: DurableStreams | None = None, timeout: float = 5.0) -> None:
@@ -220,7 +243,7 @@ def _refuse_leftovers(*senders: DurableStreams) -> None:
 
 def current_recording() -> Recording | None:
     """The innermost recording; None when nothing is recorded."""
-    return _recordings[-1] if _recordings else None
+    return next(reversed(_recordings.values()), None)
 
 
 def nothing_recorded(asking: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from broadcastable.unsent import Unsent
 
@@ -17,6 +17,18 @@ SHOWN_STREAMS = 5
 SHOWN_CHARACTERS = 160
 """Of one event. What is longer is cut in the middle, so that its end can be seen too."""
 
+FAILURES = {
+    "events_failed": (
+        "1 event that could not be made: see the log",
+        "{} events that could not be made: see the log",
+    ),
+    "transactions_lost": (
+        "the events of 1 transaction that could not be handed over: see the log",
+        "the events of {} transactions that could not be handed over: see the log",
+    ),
+}
+"""By the counter's name, what to say of one and of several."""
+
 
 def report(
     target: Target,
@@ -24,8 +36,13 @@ def report(
     count: int | None,
     seen: Sequence[Broadcast],
     unsent: Iterable[Unsent],
+    counted: Mapping[str, int],
 ) -> str:
-    """Why *seen*, everything that was broadcast, does not hold *count* events (None: at least one) as *wanted*."""
+    """Why *seen*, everything that was broadcast, does not hold *count* events (None: at least one) as *wanted*.
+
+    Args:
+        counted: What the package has counted meanwhile; on which stream is not known.
+    """
     there = [each for each in seen if target.covers(each.stream)]
     matching = [each for each in there if wanted.matches(each)]
     lines = [f"Expected {_expected(count)} on {target}{wanted}, but there {_was(len(matching))}."]
@@ -37,7 +54,7 @@ def report(
         lines += _events(others, target, wanted)
     if count is None or len(matching) < count:
         lines += _elsewhere(target, seen)
-        lines += _not_sent(target, unsent)
+        lines += _not_sent(target, unsent, counted)
     return "\n".join(lines)
 
 
@@ -101,8 +118,12 @@ def _nearness(stream: str, name: str) -> float:
     return difflib.SequenceMatcher(None, stream, name, autojunk=False).ratio()
 
 
-def _not_sent(target: Target, unsent: Iterable[Unsent]) -> Iterator[str]:
+def _not_sent(target: Target, unsent: Iterable[Unsent], counted: Mapping[str, int]) -> Iterator[str]:
     counts = Counter(each for each in unsent if each.stream is None or target.covers(each.stream))
-    if counts:
+    lines = [each.described(count) for each, count in counts.items()]
+    for name, (one, several) in FAILURES.items():
+        if count := counted.get(name, 0):
+            lines.append((one if count == 1 else several).format(count))
+    if lines:
         yield "Not sent:"
-        yield from (f"  {each.described(count)}" for each, count in counts.items())
+        yield from (f"  {line}" for line in lines)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from datetime import datetime
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 from tests.services import open_engine
-from tests.testing.chat import Base, Message, Notice, Room
+from tests.testing.chat import Base, Message, Note, Notice, Room
 
 import broadcastable.durable_streams
 from broadcastable.suppression import suppressing_streams
-from broadcastable.testing import Recording, assert_broadcasts, assert_no_broadcasts
+from broadcastable.testing import Recording, assert_broadcasts, assert_no_broadcasts, freeze_txid
 from broadcastable.verbs import broadcast_event_to, broadcast_later_to, broadcast_to
 
 
@@ -141,6 +142,21 @@ def test_not_flushed(room: Room, session: Session) -> None:
         session.delete(attic)
 
 
+def test_not_flushed_by_an_older_session() -> None:
+    """Nothing was recorded when it began; the record that names the stream leads to it."""
+    engine = open_engine("sqlite://")
+    Base.metadata.create_all(engine)
+    with Session(engine) as session:
+        rooms = [Room(id=n, name="Lobby") for n in (1, 2)]
+        with suppressing_streams():
+            session.add_all(rooms)
+            session.flush()
+        with assert_broadcasts(rooms[0]):
+            for room in rooms:
+                room.name = "Foyer"
+    engine.dispose()
+
+
 def test_in_bulk(room: Room, session: Session) -> None:
     with assert_broadcasts("notices"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -171,4 +187,21 @@ def test_unchanged(room: Room, session: Session) -> None:
 def test_unwanted(room: Room, session: Session) -> None:
     with assert_broadcasts("notices"):
         session.add(Notice(published=False))
+        session.commit()
+
+
+def test_failing(session: Session) -> None:
+    """A stream's name cannot hold a question mark."""
+    with assert_broadcasts("notes"):
+        session.add(Note(topic="why?"))
+        session.add(Note(topic="who?"))
+        session.commit()
+
+
+def test_lost_at_the_commit(room: Room, session: Session) -> None:
+    def stopped() -> datetime:
+        raise OSError("The clock has stopped")
+
+    with freeze_txid(clock=stopped), assert_broadcasts(room):
+        room.name = "Foyer"
         session.commit()
