@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -60,6 +61,60 @@ def test_the_operations_page_has_every_metric_and_no_other():
     named = set(re.findall(r"broadcastable_[a-z_]+", page))
 
     assert named == counted | timed | gauges
+
+
+def test_the_scale_page_has_the_figures_that_were_measured():
+    """Of both outboxes and every load, so that no row is left out that looks worse than the others."""
+    figures = json.loads((DOCS.parent / "benchmarks" / "figures.json").read_text())
+    page = (DOCS / "scale.md").read_text()
+    demanded, delivered = table_of(page, "| outbox | for |"), table_of(page, "| outbox | commits/s asked for |")
+    parts = ("application", "database", "redis", "worker", "server")
+
+    for found in figures["demands"]["rows"]:
+        for name in ("plain commit", "commit", "frame", "event"):
+            outbox, _, *cells = demanded.pop(0)
+            assert outbox == found["outbox"]
+            assert all(
+                same(cell.replace("–", "0"), found[name].get(part, 0)) for part, cell in zip(parts, cells, strict=True)
+            )
+        for point in found["points"]:
+            outbox, _, rate, _, p50, _, p99, _ = delivered.pop(0)
+            assert outbox == found["outbox"]
+            assert same(rate, point["commits_per_second"])
+            assert same(p50, point["p50_ms"])
+            assert same(p99, point["p99_ms"])
+    assert demanded == delivered == []
+
+
+def table_of(page: str, heading: str) -> list[list[str]]:
+    """The cells of the table that begins with *heading*."""
+    _, _, rows = page[page.index(heading) :].partition("\n")
+    rows = rows.partition("\n\n")[0]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()[1:]]
+
+
+def same(cell: str, value: float) -> bool:
+    """Whether *cell* is *value*, to the digits that it has."""
+    return cell.replace(",", "") == f"{value:.{len(cell.partition('.')[2])}f}"
+
+
+def test_every_picture_is_shown_on_a_page():
+    pages = "".join(page.read_text() for page in PAGES)
+
+    assert [each.name for each in (DOCS / "images").iterdir() if f"images/{each.name}" not in pages] == []
+
+
+def test_the_architecture_page_says_how_much_is_random_by_day_and_by_night():
+    """By day as the tests say, by night as tox.ini says."""
+    page = (DOCS / "architecture.md").read_text()
+    tox, sources = (DOCS.parent / "tox.ini").read_text(), sorted((DOCS.parent / "tests").rglob("test_*.py"))
+    nightly = tox.partition("[testenv:nightly]")[2].partition("[testenv:")[0]
+    by_night = dict(re.findall(r"\{env:(\w+):(\d+)\}", nightly))
+    by_day = dict(re.findall(r'environ.get\("(\w+)", "(\d+)"\)', "".join(each.read_text() for each in sources)))
+
+    said = {variable.strip("`"): (day, night) for _, variable, day, night in table_of(page, "| | variable |")}
+
+    assert said == {name: (f"{int(by_day[name]):,}", f"{int(night):,}") for name, night in by_night.items()}
 
 
 def test_the_reference_has_every_public_name():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,18 @@ def test_the_first_sample_is_short_and_prints_the_event_with_txid_and_offset(tmp
     assert re.search(rf"'txid': '{uuid}'", done.stdout)
     assert re.search(r"next_offset='[0-9]{16}_[0-9]{16}'", done.stdout)
     assert done.stderr == ""
+
+
+def test_what_the_first_sample_needs_is_said_above_it() -> None:
+    """The client that reads in it comes with one extra only."""
+    extras = tomllib.loads((README.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    above = README.read_text().partition("```python")[0]
+
+    assert "from durable_streams import" in SAMPLES[0]
+    assert [extra for extra, needs in extras.items() if any(each.startswith("durable-streams") for each in needs)] == [
+        "demo"
+    ]
+    assert 'pip install ".[demo]"' in above
 
 
 def test_the_configuration_sample_names_settings_that_there_are() -> None:
@@ -78,3 +92,19 @@ def test_the_commands_are_those_that_the_checks_run() -> None:
     commands = re.findall(r"^\$ (.*?)\s*#", README.read_text(), re.MULTILINE)
     assert commands == ['pip install ".[demo]" && broadcastable demo', "pip install tox && tox"]
     assert "pip install tox" in (README.parent / ".ci" / "run").read_text()
+
+
+def test_the_line_about_tox_claims_no_more_than_tox_runs() -> None:
+    """What has an environment of its own is said to be elsewhere."""
+    tox = configparser.ConfigParser(interpolation=None)
+    tox.read(README.parent / "tox.ini")
+    claim = re.search(r"^\$ pip install tox && tox\s+# (.*)$", README.read_text(), re.MULTILINE)
+    runs = (README.parent / ".ci" / "run").read_text()
+
+    assert claim is not None
+    assert claim[1].startswith("all that needs Python alone")
+    others = {name.removeprefix("testenv:") for name in tox.sections() if name.startswith("testenv:")}
+    others -= {*tox["tox"]["env_list"].split(", "), "nightly"}
+    assert others == {name for name in others if name in runs}
+    assert "`.ci/run`" in README.read_text()
+    assert "`tox -e nightly`" in README.read_text()

@@ -7,6 +7,7 @@ $ python board.py
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from broadcastable.static import MODULE
 
 HERE = Path(__file__).parent
 COLUMNS = ("to do", "doing", "done")
+TITLE = re.compile(r"[^\x00\ud800-\udfff]{1,200}")  # no half characters, which JSON can name and UTF-8 cannot hold
+LARGEST_ID = 2**63 - 1  # of SQLite; its driver raises for what is beyond
 
 
 class Base(DeclarativeBase):
@@ -72,7 +75,8 @@ def create_app(database_url: str | None = None) -> Flask:
         return answer
 
     def known(card_id: int) -> Card:
-        return session().get(Card, card_id) or abort(404)
+        card = session().get(Card, card_id) if card_id <= LARGEST_ID else None
+        return card or abort(404)
 
     @app.get("/")
     def page() -> Response:
@@ -89,14 +93,14 @@ def create_app(database_url: str | None = None) -> Flask:
 
     @app.post("/cards")
     def add() -> tuple[dict[str, Any], int]:
-        sent = request.get_json()
+        sent = _sent()
         card = Card(title=_title(sent), place=_next_place(session()))
         session().add(card)
         return stored(card), 201
 
     @app.patch("/cards/<int:card_id>")
     def change(card_id: int) -> dict[str, Any]:
-        sent = request.get_json()
+        sent = _sent()
         card = known(card_id)
         if "title" in sent:
             card.title = _title(sent)
@@ -125,9 +129,16 @@ def create_app(database_url: str | None = None) -> Flask:
     return app
 
 
+def _sent() -> dict[str, Any]:
+    sent = request.get_json()
+    if not isinstance(sent, dict):
+        abort(400)
+    return sent
+
+
 def _title(sent: dict[str, Any]) -> str:
     title = sent.get("title")
-    if not isinstance(title, str) or not 1 <= len(title) <= 200:
+    if not isinstance(title, str) or TITLE.fullmatch(title) is None:
         abort(400)
     return title
 

@@ -39,6 +39,27 @@ def test_a_card_that_is_refused_is_not_broadcast(client: FlaskClient) -> None:
         assert client.patch("/cards/7", json={"column": "done"}).status_code == 404
 
 
+@pytest.mark.parametrize("body", ["[]", '["title"]', "5", "null", "{", '{"title": ["a"]}', '{"title": "\\ud800"}'])
+def test_a_body_that_says_no_title_is_refused(client: FlaskClient, body: str) -> None:
+    """Whatever JSON a visitor sends, the answer is that it is not understood, and nothing is stored."""
+    card = client.post("/cards", json={"title": "Water the plants"}).get_json()["id"]
+    with assert_no_broadcasts():
+        assert client.post("/cards", data=body, content_type="application/json").status_code == 400
+        assert client.patch(f"/cards/{card}", data=body, content_type="application/json").status_code == 400
+
+
+@pytest.mark.parametrize("column", ["later", ["done"], None])
+def test_a_column_that_there_is_not_is_refused(client: FlaskClient, column: object) -> None:
+    card = client.post("/cards", json={"title": "Water the plants"}).get_json()["id"]
+    with assert_no_broadcasts():
+        assert client.patch(f"/cards/{card}", json={"column": column}).status_code == 400
+
+
+def test_a_number_that_no_card_can_have_is_not_found(client: FlaskClient) -> None:
+    assert client.patch(f"/cards/{10**20}", json={"column": "done"}).status_code == 404
+    assert client.delete(f"/cards/{10**20}").status_code == 404
+
+
 def test_what_is_done_goes_in_one_transaction(client: FlaskClient) -> None:
     for title in ("one", "two", "three"):
         card = client.post("/cards", json={"title": title}).get_json()["id"]

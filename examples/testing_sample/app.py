@@ -1,7 +1,9 @@
 """A chat over HTTP: what is written here is seen by every reader of a room's stream.
 
-broadcastable server &
-BROADCASTABLE_SIGNING_KEY=... uvicorn app:app
+$ broadcastable keys generate
+$ export BROADCASTABLE_SIGNING_KEY=signing_key.pem
+$ broadcastable server &
+$ uvicorn app:app
 """
 
 from __future__ import annotations

@@ -137,13 +137,51 @@ def test_messages_of_a_time_without_workers_come_in_order_once_there_is_one(chat
     assert [event["value"]["text"] for event in chat.follow(snapshot, 20)] == [str(number) for number in range(20)]
 
 
-def test_a_token_is_given_for_rooms_and_for_nothing_else(chat: Chat):
-    given = chat.get("/streams/token?stream=gid://app/Room/1/messages")
-    refused = chat.client.get("/streams/token?stream=gid://app/User/1")
+def test_a_token_is_given_for_rooms_that_there_are_and_for_nothing_else(chat: Chat):
+    """Whoever gets a token gets the stream as well, so a visitor must not choose names."""
+    room = chat.post("/rooms", name="garden")["id"]
+    given = chat.get(f"/streams/token?stream=gid://app/Room/{room}/messages")
 
-    assert given["url"].endswith("/gid://app/Room/1/messages")
+    assert given["url"].endswith(f"/gid://app/Room/{room}/messages")
     assert given["token"]
-    assert refused.status_code == 403
+    assert chat.get("/streams/token?stream=rooms")["token"]
+    for name in (
+        "gid://app/User/1",
+        f"gid://app/Room/{room}",
+        f"gid://app/Room/{room}/messages/anything",
+        f"gid://app/Room/0{room}/messages",
+        f"gid://app/Room/{room},{room}/messages",
+        f"gid://app/Room/{room + 1}/messages",
+        f"gid://app/Room/{10**20}/messages",
+        f"gid://other/Room/{room}/messages",
+        f"rooms/{room}",
+    ):
+        assert chat.client.get("/streams/token", params={"stream": name}).status_code == 403, name
+
+
+def test_what_cannot_be_stored_or_found_is_refused(chat: Chat):
+    """Each with an answer that says so, and none with a 500."""
+    room = chat.post("/rooms", name="garden")["id"]
+    message = chat.post(f"/rooms/{room}/messages", author="Ada", text="Hello")["id"]
+    text = {"author": "Ada", "text": "Hello"}
+
+    for method, path, body, status in (
+        ("POST", "/rooms", {"name": "garden"}, 409),
+        ("POST", "/rooms", {"name": "a\0b"}, 422),
+        ("GET", "/rooms/424242/snapshot", {}, 404),
+        ("GET", f"/rooms/{10**20}/snapshot", {}, 422),
+        ("POST", "/rooms/424242/messages", text, 404),
+        ("POST", f"/rooms/{10**20}/messages", text, 422),
+        ("POST", f"/rooms/{room}/messages", text | {"text": "a\0b"}, 422),
+        ("PATCH", f"/messages/{message}", {"text": "a\0b"}, 422),
+        ("PATCH", f"/messages/{message}", {"room_id": 424242}, 404),
+        ("PATCH", f"/messages/{message}", {"room_id": 10**20}, 422),
+        ("PATCH", f"/messages/{10**20}", {"text": "Hi"}, 422),
+        ("DELETE", f"/messages/{10**20}", {}, 422),
+    ):
+        assert chat.client.request(method, path, json=body).status_code == status, (method, path, body)
+
+    assert [event["value"]["name"] for event in chat.get("/snapshot")["events"]] == ["garden"]
 
 
 def test_the_page_and_its_module_are_served(chat: Chat):

@@ -28,7 +28,7 @@ def test_its_own_tests_pass(tmp_path: Path):
     )
 
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "5 passed" in done.stdout
+    assert "16 passed" in done.stdout
 
 
 def test_a_card_travels_from_request_to_reader_and_survives_a_restart(tmp_path: Path):
