@@ -30,8 +30,9 @@ nitpicky = True
 nitpick_ignore_regex = [
     # Names of other projects, and type variables: only with their inventories could they be links.
     (r"py:.*", r"(?!broadcastable\.).*"),
-    # In signatures, and of no use to a reader: what streams() returns, what actors.declare() asks of a DurableStreams.
-    (r"py:class", r"broadcastable\.(declarations\.StreamDeclaration|delivery\.Delivering)"),
+    # In signatures, and of no use to a reader: what streams() returns, what actors.declare() asks of a DurableStreams,
+    # where the test kit's record stands.
+    (r"py:class", r"broadcastable\.(declarations\.StreamDeclaration|delivery\.Delivering|testing\.recorder\.Mark)"),
 ]
 
 myst_enable_extensions = ["colon_fence", "deflist", "attrs_inline"]
