@@ -88,12 +88,15 @@ def find_drift(
         durable_streams: The session's when None.
 
     Raises:
-        UsageError: The model declares no streams, or the session has changes.
+        UsageError: It is no model or declares no streams, or the session has changes.
         StreamError: The stream server cannot be read.
     """
     from .durable_streams import durable_streams_for  # it stands on the capture, which this is part of
 
-    plan = plan_for(sa.inspect(model))
+    mapper: Any = sa.inspect(model, raiseerr=False)
+    if not isinstance(mapper, Mapper):
+        raise UsageError(f"{model!r} is no mapped class, so it has no table to compare with. Give a model")
+    plan = plan_for(mapper)
     if plan is None:
         raise UsageError(f"{model.__name__} declares no streams, so there is nothing to compare")
     if session.new or session.dirty or session.deleted:

@@ -14,7 +14,13 @@ from typer.testing import CliRunner, Result
 
 from broadcastable.cli.app import app
 
-MAIN = "from broadcastable.cli import main; main()"
+# What a background job of a shell has started inherits an ignored SIGINT; a person's command does not.
+MAIN = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from broadcastable.cli import main
+main()
+"""
 
 
 @pytest.fixture
@@ -46,6 +52,7 @@ class Command:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            encoding=environment.get("PYTHONIOENCODING", "utf-8"),
             env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "200", "NO_COLOR": "1", **environment},
         )
 

@@ -148,6 +148,10 @@ def test_a_row_that_cannot_be_judged_is_shown_and_is_a_failure(
         ("{shop}:count", "is no model class"),
         ("{shop}:Missing", "has no 'Missing'"),
         ("{shop}", "is no model class"),
+        ("{shop}:Note", "is no mapped class"),
+        ("{shop}:Base", "is no mapped class"),
+        ("collections:OrderedDict", "is no mapped class"),
+        ("", "names no module"),
     ],
 )
 def test_what_cannot_be_compared_is_one_sentence(shop: ModuleType, run: Run, model: str, says: str) -> None:

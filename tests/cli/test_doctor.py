@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,16 @@ def test_the_database_outbox_without_its_tables(stream_server: EmbeddedServer, s
         database_url=sqlite_url,
     ):
         found = findings(run, "--patience", "0.5")
-        assert not found["outbox tables"]["ok"]
-        assert "no such table" in found["outbox tables"]["says"]
+        shown = run("doctor", "--patience", "0.5").stdout
         current().close()
+    says = found["outbox tables"]["says"]
+    assert not found["outbox tables"]["ok"]
+    assert "no such table: broadcastable_outbox. " in says
+    assert "have the migrations run?" in says
+    assert "broadcastable install" in says
+    assert "SELECT" not in says
+    assert "worker" not in found, "it would say the same again"
+    assert len(shown.splitlines()) == len(found), "a line each"
 
 
 def test_redis_is_looked_at(stream_server: EmbeddedServer, valkey_url: str, run: Run) -> None:
@@ -84,7 +92,10 @@ def test_nobody_delivers(stream_server: EmbeddedServer, valkey_url: str, run: Ru
         ({"signing_key": None}, "keys", "keys generate"),
         ({"signing_key": "nowhere.pem"}, "keys", "neither PEM text nor a readable file"),
         ({"redis_url": "redis://127.0.0.1:1/0"}, "redis", "BROADCASTABLE_REDIS_URL"),
-        ({"server_url": "http://127.0.0.1:1/v1/streams"}, "clock", "not reached"),
+        ({"redis_url": "redis://127.0.0.1:1/0", "outbox": "redis"}, "redis", "Is it running"),
+        ({"outbox": "database", "database_url": "sqlite:////nowhere/to/be.db"}, "outbox tables", "Is database_url"),
+        ({"outbox": "database"}, "outbox tables", "BROADCASTABLE_DATABASE_URL"),
+        ({"server_url": "http://127.0.0.1:1/v1/streams"}, "clock", "is server_url (BROADCASTABLE_SERVER_URL) right?"),
         ({"server_url": "http://127.0.0.1:1/v1/streams"}, "stream server", "is server_url right?"),
     ],
 )
@@ -98,6 +109,10 @@ def test_each_fault_comes_with_its_fix(
         current().close()
     assert not found[check]["ok"]
     assert says in found[check]["says"]
+    for each in found.values():
+        assert "\n" not in each["says"]
+        # What begins with the name of an exception is one that nobody has put into words.
+        assert each["ok"] or not re.match(r"\w+Error: ", each["says"])
 
 
 def test_a_server_that_knows_other_keys(stream_server: EmbeddedServer, run: Run) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +109,60 @@ def test_what_is_there_is_kept_unless_forced(here: Path, run: Run) -> None:
     assert "OUTBOX=memory" in (here / "broadcastable.env").read_text()
     assert stat.S_IMODE((here / "broadcastable.env").stat().st_mode) == 0o640
     assert (here / "config/broadcastable/signing_key.pem").read_text() == key
+
+
+def test_lines_are_added_in_the_line_ends_of_the_file_and_through_links(here: Path, run: Run) -> None:
+    """What was there stays as it is, byte for byte."""
+    (here / "shared").write_bytes(b"*.pyc\r\n.env")
+    (here / ".gitignore").symlink_to("shared")
+    (here / "Procfile").write_bytes(b"web: gunicorn app\r\n")
+    result = run("install")
+    assert result.exit_code == 0
+    assert "-*.pyc" not in result.stdout
+    assert (here / ".gitignore").is_symlink()
+    assert (here / "shared").read_bytes().startswith(b"*.pyc\r\n.env\r\nbroadcastable.env\r\n")
+    assert (here / "Procfile").read_bytes().startswith(b"web: gunicorn app\r\nstreams: broadcastable server\r\n")
+    assert run("install").exit_code == 0
+
+
+def test_other_line_ends_say_nothing_else(here: Path, run: Run) -> None:
+    run("install")
+    for name in ("broadcastable.env", "broadcastable.toml"):
+        (here / name).write_bytes((here / name).read_bytes().replace(b"\n", b"\r\n"))
+    again = run("install")
+    assert "nothing was changed" in again.stdout
+    assert "left as it is" not in again.stderr
+
+
+@pytest.mark.parametrize("name", [".gitignore", "Procfile", "broadcastable.env", "broadcastable.toml"])
+def test_a_file_that_cannot_be_read_is_a_sentence_and_the_rest_is_written(here: Path, run: Run, name: str) -> None:
+    (here / name).mkdir()
+    result = run("install")
+    assert result.exit_code == 1
+    assert result.stderr.count(f"{name} cannot be read: Is a directory") == 1
+    assert (here / "config/broadcastable/signing_key.pem").exists()
+    (here / name).rmdir()
+    (here / name).write_bytes("# caf\u00e9\n".encode("latin-1"))
+    result = run("install")
+    assert result.exit_code == 1
+    assert f"{name} is not UTF-8 text" in result.stderr
+    assert (here / name).read_bytes() == b"# caf\xe9\n"
+
+
+@pytest.mark.parametrize("name", ["plain", "my app", "it's $5 `here`", 'a "b" & c;'])
+def test_the_settings_are_good_for_a_shell_in_any_directory(
+    here: Path, run: Run, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / name).mkdir()
+    monkeypatch.chdir(here / name)
+    run("install")
+    key = str(here / name / "config/broadcastable/signing_key.pem")
+    script = 'set -a; . ./broadcastable.env; printf %s "$BROADCASTABLE_SIGNING_KEY"'
+    done = subprocess.run(["sh", "-euc", script], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (key, "")
+    line = (here / name / "broadcastable.env").read_text().splitlines()[1]
+    # Docker takes the quotes for a part of the value, so there are none without need.
+    assert (line == f"BROADCASTABLE_SIGNING_KEY={key}") == (shlex.quote(key) == key)
 
 
 WORKER = "broadcastable-worker: dramatiq broadcastable.worker"
@@ -254,9 +311,24 @@ def test_a_migration_that_makes_the_tables_is_not_made_again(here: Path, run: Ru
 def test_several_heads_are_left_to_be_merged(here: Path, run: Run, alembic: Config) -> None:
     command.revision(alembic, "one", rev_id="aaaa", head="base")
     command.revision(alembic, "other", rev_id="bbbb", head="base", splice=True)
-    result = run("install")
-    assert "several heads" in result.stderr
+    for _ in range(2):
+        result = run("install")
+        assert result.exit_code == 1
+        assert "several heads" in result.stderr
+        assert "nothing was changed" not in result.stdout
     assert len(list((here / "migrations/versions").glob("*.py"))) == 2
+
+
+def test_a_missing_alembic_is_a_failure_where_it_is_in_use(
+    here: Path, run: Run, alembic: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "alembic.config", None)
+    for _ in range(2):
+        result = run("install")
+        assert result.exit_code == 1
+        assert "Alembic is not installed" in result.stderr
+        assert "nothing was changed" not in result.stdout
+    assert (here / "broadcastable.toml").exists()
 
 
 @pytest.mark.parametrize(

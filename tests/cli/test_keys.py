@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import stat
@@ -165,6 +166,37 @@ def test_what_cannot_be_rotated_is_one_sentence(
     assert result.exit_code == 1
     assert says in result.stderr
     assert sorted(here.iterdir()) == before
+
+
+@pytest.mark.parametrize("form", ["the lines of Base64", "Base64 of the file", "a key among verify_keys"])
+def test_rotate_never_prints_a_private_key(here: Path, run: Run, form: str) -> None:
+    """A key whose first line was lost in the environment is not PEM text, and no path; it stays a secret."""
+    pair = generate_key_pair()
+    secret = pair.private_pem.splitlines()[1]
+    if form == "a key among verify_keys":
+        run("keys", "generate")
+        with override(signing_key="signing_key.pem", verify_keys=(pair.private_pem,)):
+            result = run("keys", "rotate")
+        assert result.exit_code == 0
+        gates = Gatekeeper(Settings.from_env(printed_settings(result.stdout)))
+        assert pair.kid in {key["kid"] for key in gates.jwks()["keys"]}
+    else:
+        secret = "".join(pair.private_pem.splitlines()[1:-1])
+        if form == "Base64 of the file":
+            secret = base64.b64encode(pair.private_pem.encode()).decode()
+        with override(signing_key=secret):
+            result = run("keys", "rotate")
+        assert result.exit_code == 1
+        assert "names no file that is here" in result.stderr
+    assert secret[:20] not in result.stdout + result.stderr
+
+
+def test_a_linked_key_stays_linked(here: Path, run: Run) -> None:
+    (here / "kept").mkdir()
+    (here / "signing_key.pem").symlink_to("kept/key.pem")
+    assert run("keys", "generate").exit_code == 0
+    assert (here / "signing_key.pem").is_symlink()
+    assert mode(here / "kept/key.pem") == 0o600
 
 
 def test_the_next_key_is_not_let_to_sign_while_no_gate_can_know_it(here: Path, run: Run) -> None:

@@ -152,6 +152,10 @@ def test_the_application_s_own_key_serves_where_the_table_names_none(
         ("[production]\ndomian = 'x'", "domian is unknown"),
         ("[production]\nport = 'x'", "port cannot be 'x'"),
         ("[production]\nport = true", "port cannot be True"),
+        ("[production]\nport = -1", "[production]: port is between 0 and 65535; got -1"),
+        ("[production]\nkeys = 'public.pem'", "keys is a list of file names"),
+        ("[production]\ndomain = 'x'\nkeys = ['kid=nowhere.pem']", "not there: kid=nowhere.pem"),
+        (f"[production]\ndomain = 'x'\nkeys = ['{'MIGHAgEAMB=' * 40}']", "not there: its entry 1"),
         ("[production]\norigins = [1]", "origins cannot be [1]"),
         ("[production]\nkeys = ['public.pem']", "needs a domain"),
         ("[production]\nport = 1\ntls = ['a']\nkeys = ['public.pem']", "tls names two files"),
@@ -159,7 +163,10 @@ def test_the_application_s_own_key_serves_where_the_table_names_none(
         ("[production]\ndomain = 'x'\ntls = 'maybe'\nkeys = ['public.pem']", "tls is"),
         ("[production]\ndomain = 'x'\nissuer = 'a\"b'\nkeys = ['public.pem']", "cannot stand in a Caddyfile"),
         ("[production]\ndomain = 'x'\norigins = ['https://a/b']\nkeys = ['public.pem']", "an origin is"),
-        ("[production]\ndomain = 'x'\nkeys = ['nowhere.pem']", "neither PEM text nor a readable file"),
+        (
+            "[production]\ndomain = 'x'\nkeys = ['nowhere.pem']",
+            "broadcastable.toml, [production]: keys names a file that is not there: nowhere.pem",
+        ),
         ("[production]\ndomain = 'x'\nkeys = ['verify-*.pem']", "no file fits verify-*.pem"),
         ("[production]\ndomain = 'x'", "There is no key"),
     ],
@@ -176,3 +183,22 @@ def test_no_file_at_all_names_the_command_that_makes_one(here: Path, run: Run) -
     result = run("caddyfile")
     assert result.exit_code == 1
     assert "broadcastable install" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--config", "typo.toml"), "typo.toml: No such file"),
+        (("-e", "nope"), "broadcastable.toml: No such file"),
+        (("-e", "development"), "broadcastable.toml: No such file"),
+        (("--config", "there.toml", "-e", "nope"), "there.toml has no table [nope]"),
+    ],
+)
+def test_a_file_or_table_that_was_asked_for_must_be_there(
+    here: Path, start: Start, signing_key: str, options: tuple[str, ...], says: str
+) -> None:
+    """Without being asked for, the file may be missing: see `test_it_serves_what_the_application_signs`."""
+    (here / "there.toml").write_text("[development]\n")
+    command = start("server", "--port", "0", *options, BROADCASTABLE_SIGNING_KEY=signing_key)
+    assert says in command.line(of="stderr")
+    assert command.end()[0] == 1

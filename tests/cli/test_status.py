@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,10 @@ from broadcastable.sweeper import Sweeper
 from broadcastable.tokens import generate_key_pair
 from tests.services import free_port, wait_until
 
+from .conftest import Command
+
 Run = Callable[..., Any]
+Start = Callable[..., Command]
 
 
 @pytest.fixture
@@ -97,6 +101,23 @@ def test_a_parked_stream_is_shown_and_fails_the_command(outbox: Outbox, run: Run
     assert result.exit_code == 1
     assert "parked: 409: the stream is closed [sic]" in result.stdout
     assert json.loads(run("status", "--json").stdout)["parked"][0]["stream"] == "one"
+
+
+def test_watch_prints_it_again_and_again_where_there_is_no_terminal(
+    outbox: Outbox, valkey_url: str, start: Start
+) -> None:
+    """Such as into `head`."""
+    put(outbox, "one", events=3)
+    watch = start(
+        "status", "--watch", "--every", "0.1", BROADCASTABLE_OUTBOX="redis", BROADCASTABLE_REDIS_URL=valkey_url
+    )
+    for _ in range(3):
+        while "3 events in 1 batches" not in watch.line():
+            assert watch.process.poll() is None
+    watch.process.send_signal(signal.SIGINT)
+    code, _, err = watch.end()
+    assert code == 0
+    assert "Traceback" not in err
 
 
 def test_retry_lets_a_parked_stream_go_on(outbox: Outbox, run: Run) -> None:

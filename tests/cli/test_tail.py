@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from broadcastable.cli.tail import _lines, _server_sent
 from broadcastable.durable_streams import DurableStreams
 from broadcastable.server.embedded import EmbeddedServer, embedded_server
 from broadcastable.settings import Settings, override
@@ -69,6 +70,51 @@ def test_for_people_it_prints_a_line_an_event(durable_streams: DurableStreams, s
         assert wanted in line
     assert 'row/1 {"n":1}' in lines[0].replace('": ', '":')
     assert '{"typing": "Ada"}' in lines[3]
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"headers": "foo"},
+        {"headers": {"a": 1}},
+        {"headers": {"operation": "insert"}},
+        {"headers": None, "type": "row", "key": "1"},
+    ],
+)
+def test_an_event_that_only_looks_like_a_change_is_printed_as_it_is(
+    durable_streams: DurableStreams, stream: str, run: Run, event: dict[str, Any]
+) -> None:
+    durable_streams.broadcast_to(stream, **event)
+    result = run("tail", stream, "--offset", "-1", "--no-follow")
+    assert result.exit_code == 0
+    assert json.dumps(event) in result.stdout
+
+
+def test_an_event_cannot_command_the_terminal(durable_streams: DurableStreams, stream: str, run: Run) -> None:
+    """Whoever may append chooses type, key and text."""
+    durable_streams.broadcast_event_to(
+        stream, type="row\x1b[2J", key="1\x9b2J\n", value={"says": "\x7f\x1b"}, operation="insert"
+    )
+    durable_streams.broadcast_to(stream, says="\x1b]0;title\x07\x9b")
+    result = run("tail", stream, "--offset", "-1", "--no-follow")
+    assert len(result.stdout.splitlines()) == 2
+    assert all(each.isprintable() for each in result.stdout.splitlines())
+    assert "row\\u001b[2J/1\\u009b2J\\u000a" in result.stdout
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_line_of_an_event_stream_ends_nowhere_else(end: str) -> None:
+    """HTML, 9.2.5; a server may write JSON as it is, and any byte may be the last of a piece."""
+    text = '{"body":"a\u2028b\u2029c\u0085d\u000be"}'
+    lines = ["event: data", f"data: {text}", "", ": a comment", "event: control", "data: {", "data: }", ""]
+    sent = "".join(line + end for line in lines).encode()
+    for cut in range(len(sent)):
+        pieces = [piece for piece in (sent[:cut], sent[cut:]) if piece]
+        assert list(_server_sent(_lines(pieces))) == [("data", text), ("control", "{\n}")]
+    assert list(_server_sent(_lines(sent[at : at + 1] for at in range(len(sent))))) == [
+        ("data", text),
+        ("control", "{\n}"),
+    ]
 
 
 def test_it_follows_and_ctrl_c_tells_how_to_go_on(

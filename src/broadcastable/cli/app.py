@@ -6,17 +6,16 @@ import logging
 from typing import Annotated, Any
 
 import typer
-from redis import RedisError
-from sqlalchemy.exc import DBAPIError
 from typer.core import TyperGroup
 
 from broadcastable import __version__
 from broadcastable.errors import BroadcastableError
 
 from .check import check
-from .console import fail, out
+from .console import fail, out, print_whatever_the_encoding
 from .demo.command import demo
 from .doctor import doctor
+from .faults import OF_SERVICES, service_fault
 from .install import install
 from .keys import keys
 from .server import caddyfile, server
@@ -32,10 +31,8 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except BroadcastableError as error:
             fail(str(error))
-        except RedisError as error:
-            fail(f"Redis: {error}. Is it running, and is redis_url (BROADCASTABLE_REDIS_URL) right?")
-        except DBAPIError as error:
-            fail(f"The database: {error.orig}. Is database_url right, and have the migrations run?")
+        except OF_SERVICES as error:
+            fail(service_fault(error))
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
 
@@ -74,6 +71,7 @@ app.add_typer(keys, name="keys")
 
 def run() -> None:
     """Do what the command line says, and exit."""
+    print_whatever_the_encoding()
     # What matters to a person at a terminal is printed; an application's workers are the place for logs.
     logging.getLogger("broadcastable").addHandler(logging.NullHandler())
     app()

@@ -34,6 +34,8 @@ def load(reference: str) -> Any:
         ConfigurationError: There is no such module or attribute.
     """
     module_name, _, attribute = reference.partition(":")
+    if not module_name or module_name.startswith("."):
+        raise ConfigurationError(f"{reference!r} names no module. Write it in full, such as shop.models")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

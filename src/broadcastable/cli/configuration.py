@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from broadcastable.errors import ConfigurationError
-from broadcastable.settings import Settings
+from broadcastable.settings import Settings, existing_file
 
 FILE = Path("broadcastable.toml")
 
@@ -54,14 +54,26 @@ def read(path: Path, environment: str) -> ServerConfiguration:
     """The table *environment* of the file at *path*.
 
     Raises:
-        ConfigurationError: No such file or table, or an entry that is unknown or of the wrong type.
+        ConfigurationError: No such file or table, an entry that is unknown or of the wrong type, or a key that is not
+            there.
     """
+    table = _table(path, environment)
+    checked = _checked(table, path, environment)
+    for number, name in enumerate(table.get("keys", []), 1):
+        if "*" not in name and not _file_named(path, name):
+            # Neither PEM text nor Base64 has a dot, so what is shown is the name of a file and no key.
+            shown = name if "." in name else f"its entry {number}"
+            raise ConfigurationError(f"{path}, [{environment}]: keys names a file that is not there: {shown}")
+    return checked
+
+
+def _table(path: Path, environment: str) -> dict[str, Any]:
     tables = _tables(path)
     table = tables.get(environment)
     if not isinstance(table, dict):
         known = ", ".join(tables) or "none"
         raise ConfigurationError(f"{path} has no table [{environment}]; it has {known}")
-    return _checked(table, path, environment)
+    return table
 
 
 def _checked(table: Mapping[str, Any], path: Path, environment: str) -> ServerConfiguration:
@@ -76,7 +88,11 @@ def _checked(table: Mapping[str, Any], path: Path, environment: str) -> ServerCo
             or not isinstance(value, allowed)
             or not all(isinstance(each, str) for each in items)
         ):
-            raise ConfigurationError(f"{path}, [{environment}]: {name} cannot be {value!r}")
+            # Of keys nothing is shown: one may be a key.
+            wrong = "is a list of file names" if name == "keys" else f"cannot be {value!r}"
+            raise ConfigurationError(f"{path}, [{environment}]: {name} {wrong}")
+    if not 0 <= table.get("port", 0) <= 65_535:
+        raise ConfigurationError(f"{path}, [{environment}]: port is between 0 and 65535; got {table['port']}")
     values = dict(table)
     values["keys"] = [entry for each in table.get("keys", []) for entry in _key_entries(path, each)]
     if table.get("keys") and not values["keys"]:
@@ -103,7 +119,7 @@ def environments_without(path: Path, public: Path) -> list[str]:
     """The tables of the file at *path* whose `keys` do not lead to the file *public*."""
     without = []
     for environment in _tables(path):
-        keys = read(path, environment).keys
+        keys = _checked(_table(path, environment), path, environment).keys
         if keys and public.resolve() not in {Path(each).resolve() for each in keys}:
             without.append(environment)
     return without
@@ -115,9 +131,14 @@ def _key_entries(path: Path, name: str) -> list[str]:
         found = sorted(_beside(path, name).parent.glob(Path(name).name))
         return [entry for each in found for entry in _under_both_names(each)]
     kid, equals, rest = name.partition("=")
-    if equals and not _beside(path, name).exists():
+    if equals and not existing_file(str(_beside(path, name))):
         return [f"{kid}={_beside(path, rest)}"]
     return [str(_beside(path, name))]
+
+
+def _file_named(path: Path, name: str) -> Path | None:
+    _, equals, rest = name.partition("=")
+    return existing_file(str(_beside(path, name))) or (existing_file(str(_beside(path, rest))) if equals else None)
 
 
 def _under_both_names(found: Path) -> list[str]:

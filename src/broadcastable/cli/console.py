@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import Any, NoReturn
 
 import typer
@@ -18,14 +20,26 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 """For progress, hints and errors, so that the other can be piped."""
 
 
+def print_whatever_the_encoding() -> None:
+    """Have characters that a terminal or a file does not know, such as the check mark, spelt out and not refused."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def print_json(value: Any) -> None:
-    """*value* as JSON on one line, for scripts: no colour, no wrapping."""
-    typer.echo(json.dumps(value, ensure_ascii=False, default=str))
+    """*value* as JSON on one line, for scripts: no colour, no wrapping; ASCII where that is all that can be printed."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, default=str)
+    typer.echo(text)
 
 
 def print_text(text: str) -> None:
-    """*text* as it is, for a file or a pipe."""
-    typer.echo(text, nl=False)
+    """*text* as it is, in UTF-8, for a file or a pipe."""
+    typer.echo(text.encode(), nl=False)
 
 
 def fail(sentence: str, *, code: int = 1) -> NoReturn:

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Annotated
 import httpx
 import typer
 
+from broadcastable.client import certificates_for
 from broadcastable.errors import BroadcastableError
 from broadcastable.names import shard_of
 from broadcastable.tokens import LEEWAY
 
 from .application import App, Json, durable_streams_of
 from .console import err, out, print_json
+from .faults import OF_SERVICES, first_line, service_fault
 
 if TYPE_CHECKING:
     from broadcastable.durable_streams import DurableStreams
@@ -76,17 +78,18 @@ def _examine(app: str | None, patience: float) -> Iterator[Finding]:
             checks.append(("redis", lambda: _redis(durable_streams)))
         if settings.outbox == "database":
             checks.append(("outbox tables", lambda: _tables(durable_streams)))
-        servers = []
+        # Without these nothing can be delivered, and a look at the workers would say the same once more.
+        needed = [{"redis": "redis", "database": "outbox tables"}.get(settings.outbox, "")]
         for number, (url, probe) in enumerate(zip(settings.server_urls, probes, strict=True), 1):
             which = f" {number}" if len(probes) > 1 else ""
-            servers.append(f"stream server{which}")
+            needed.append(f"stream server{which}")
             checks.append((f"clock{which}", partial(_clock, url)))
-            checks.append((servers[-1], partial(_stream_server, durable_streams, url, probe)))
-        reached = True
+            checks.append((needed[-1], partial(_stream_server, durable_streams, url, probe)))
+        ready = True
         for name, check in checks:
             finding = yield from _looked_at(name, check)
-            reached &= finding.well or name not in servers
-        if reached:  # else nothing can be delivered to one, so a worker shows nothing
+            ready &= finding.well or name not in needed
+        if ready:
             yield from _looked_at("worker", lambda: _worker(durable_streams, probes, patience))
         # Whatever came of it, the probes go.
         for probe in probes:
@@ -118,8 +121,10 @@ def _found(name: str, check: Callable[[], str]) -> Finding:
         return Finding(name, True, check())
     except (BroadcastableError, Ill) as error:
         return Finding(name, False, str(error))
-    except Exception as error:  # of a database driver, of redis-py: a check says it, whatever it is
-        return Finding(name, False, f"{type(error).__name__}: {error}")
+    except OF_SERVICES as error:
+        return Finding(name, False, service_fault(error))
+    except Exception as error:  # of a library: a check says it, whatever it is
+        return Finding(name, False, f"{type(error).__name__}: {first_line(error)}")
 
 
 def _keys(durable_streams: DurableStreams) -> str:
@@ -137,8 +142,6 @@ def _redis(durable_streams: DurableStreams) -> str:
     client = redis.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=2)
     try:
         info = client.info()
-    except redis.RedisError as error:
-        raise Ill(f"Not reached ({error}). Is it running, and is redis_url (BROADCASTABLE_REDIS_URL) right?") from error
     finally:
         client.close()
     assert isinstance(info, dict)
@@ -154,9 +157,12 @@ def _tables(durable_streams: DurableStreams) -> str:
 
 def _clock(url: str) -> str:
     try:
-        response = httpx.get(url, timeout=5, trust_env=False)
+        response = httpx.get(url, timeout=5, trust_env=False, verify=certificates_for(url))
     except httpx.HTTPError as error:
-        raise Ill(f"The stream server at {url} is not reached ({error}), so its clock cannot be compared") from error
+        raise Ill(
+            f"The stream server at {url} is not reached ({error}), so its clock cannot be compared. Is it running, and "
+            "is server_url (BROADCASTABLE_SERVER_URL) right?"
+        ) from error
     date = response.headers.get("date")
     if date is None:
         return "the stream server does not tell its time"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,12 +16,17 @@ import typer
 from rich.syntax import Syntax
 from rich.text import Text
 
+from broadcastable.errors import ConfigurationError
+
 from .configuration import FILE
 from .console import err, fail, out
+from .files import read_file, write_file
 from .keys import INSTALLED as KEYS
-from .keys import PUBLIC_KEY, SIGNING_KEY, kid_of, public_pem, write_file, write_pair
+from .keys import PUBLIC_KEY, SIGNING_KEY, kid_of, public_pem, write_pair
 
 SETTINGS_FILE = Path("broadcastable.env")
+IGNORE_FILE = Path(".gitignore")
+PROCFILE = Path("Procfile")
 WORKER = "broadcastable-worker"
 REVISION_NAME = "broadcastable_outbox"
 
@@ -58,6 +65,7 @@ var/streams/
 """
 
 _PROCESS = re.compile(r"(?P<comment>#\s*)?(?P<name>[A-Za-z0-9_-]+):\s+(?P<command>\S.*)")
+_NEEDS_NO_QUOTES = re.compile(r"[\w@%+=:,./-]*")
 _OUTBOX_FOR_WORKERS = re.compile(r"^BROADCASTABLE_OUTBOX=(redis|database)\s*$", re.MULTILINE)
 
 
@@ -78,11 +86,16 @@ class Plan:
 
     @property
     def before(self) -> str | None:
-        return self.path.read_text("utf-8") if self.path.exists() else None
+        return read_file(self.path)
+
+    @property
+    def changes(self) -> bool:
+        """Whether it would say something else; other line ends say the same."""
+        return self.after.splitlines() != (self.before or "").splitlines()
 
     @property
     def kept(self) -> bool:
-        return not self.added_to and self.before not in {None, self.after}
+        return not self.added_to and self.before is not None and self.changes
 
 
 def install(
@@ -95,22 +108,22 @@ def install(
     Shows each change as a diff. Existing files are left as they are, so it may be run again at any time; --force
     overwrites broadcastable.env and broadcastable.toml, but never a key. Exits 1 when something could not be made.
     """
-    settings = Plan(SETTINGS_FILE, SETTINGS.format(signing_key=(KEYS / SIGNING_KEY).resolve()), mode=0o600)
-    plans = [
-        settings,
-        Plan(FILE, CONFIGURATION),
-        Plan(Path(".gitignore"), _ignoring(Path(".gitignore")), added_to=True),
-    ]
+    signing_key = _quoted(str((KEYS / SIGNING_KEY).resolve()))
+    settings = Plan(SETTINGS_FILE, SETTINGS.format(signing_key=signing_key), mode=0o600)
+    plans = [lambda: settings, lambda: Plan(FILE, CONFIGURATION), _ignoring]
     if procfile:
-        in_force = settings.before if settings.kept and not force else settings.after
-        with_worker = _OUTBOX_FOR_WORKERS.search(in_force or "") is not None
-        plans.append(Plan(Path("Procfile"), _running(Path("Procfile"), with_worker=with_worker), added_to=True))
+        plans.append(lambda: _running(settings.before if settings.kept and not force else settings.after))
+    steps: list[Callable[[], int]] = [
+        *(partial(_carry_out, plan, force=force, dry_run=dry_run) for plan in plans),
+        partial(_make_keys, dry_run=dry_run),
+        partial(_make_revision, dry_run=dry_run),
+    ]
+    written = 0
     undone: list[str] = []
-    written = sum(_carry_out(plan, force=force, dry_run=dry_run) for plan in plans)
-    for make in (_make_keys, _make_revision):
+    for step in steps:
         try:
-            written += make(dry_run=dry_run)
-        except _Undone as reason:
+            written += step()
+        except ConfigurationError as reason:
             undone.append(str(reason))
     if written:
         out.print(f"\n{written} files {'would be ' if dry_run else ''}written.")
@@ -119,23 +132,30 @@ def install(
     if written and not dry_run:
         out.print(f"Load {SETTINGS_FILE} into the environment of the application, then: broadcastable doctor")
     if undone:
-        fail(" ".join(undone))
+        fail("\n".join(dict.fromkeys(undone)))
 
 
-class _Undone(Exception):
-    """Something that is needed could not be made; the text says what to do."""
+def _quoted(value: str) -> str:
+    """*value* as shells, systemd, honcho and readers of .env files take it: bare where that will do, as for Docker."""
+    if _NEEDS_NO_QUOTES.fullmatch(value):
+        return value
+    if "'" not in value:
+        return f"'{value}'"
+    return '"' + re.sub(r'["$`\\]', r"\\\g<0>", value) + '"'
 
 
-def _ignoring(path: Path) -> str:
-    before = path.read_text("utf-8") if path.exists() else ""
+def _ignoring() -> Plan:
+    before = read_file(IGNORE_FILE) or ""
     there = {line.strip() for line in before.splitlines()}
-    return _with_lines(before, [line for line in IGNORED.splitlines() if line not in there])
+    lines = [line for line in IGNORED.splitlines() if line not in there]
+    return Plan(IGNORE_FILE, _with_lines(before, lines), added_to=True)
 
 
-def _running(path: Path, *, with_worker: bool) -> str:
+def _running(settings: str | None) -> Plan:
     """The Procfile with our processes. The worker's is a comment until there is something for it to deliver."""
-    before = path.read_text("utf-8") if path.exists() else ""
+    before = read_file(PROCFILE) or ""
     there = [found for line in before.splitlines() if (found := _PROCESS.fullmatch(line.strip()))]
+    with_worker = _OUTBOX_FOR_WORKERS.search(settings or "") is not None
     lines = []
     for name, command, mark in (
         ("streams", "broadcastable server", "broadcastable server"),
@@ -144,23 +164,25 @@ def _running(path: Path, *, with_worker: bool) -> str:
         wanted = name != WORKER or with_worker
         ours = [each for each in there if mark in each["command"]]
         if not ours and any(each["name"] == name and not each["comment"] for each in there):
-            err.print(f"[yellow]{path} has a process {name} of another kind[/], so this is not added: {command}")
+            err.print(f"[yellow]{PROCFILE} has a process {name} of another kind[/], so this is not added: {command}")
         elif not ours:
             lines.append(f"{'' if wanted else '# '}{name}: {command}")
         elif wanted and all(each["comment"] for each in ours):
-            err.print(f"[yellow]{path} has {name} as a comment[/]; the outbox needs it now: {command}")
-    return _with_lines(before, lines)
+            err.print(f"[yellow]{PROCFILE} has {name} as a comment[/]; the outbox needs it now: {command}")
+    return Plan(PROCFILE, _with_lines(before, lines), added_to=True)
 
 
 def _with_lines(before: str, lines: list[str]) -> str:
-    if not lines:
-        return before
-    return before + ("" if before.endswith("\n") or not before else "\n") + "\n".join(lines) + "\n"
+    """*before* with *lines* at its end, in its own line ends."""
+    end = "\r\n" if "\r\n" in before else "\n"
+    gap = end if lines and before and not before.endswith("\n") else ""
+    return before + gap + "".join(line + end for line in lines)
 
 
-def _carry_out(plan: Plan, *, force: bool, dry_run: bool) -> int:
+def _carry_out(planned: Callable[[], Plan], *, force: bool, dry_run: bool) -> int:
+    plan = planned()
     before = plan.before
-    if plan.after == (before or ""):
+    if not plan.changes:
         return 0
     if plan.kept and not force:
         err.print(f"[yellow]{plan.path} is left as it is[/]; --force would change it like this:")
@@ -178,13 +200,13 @@ def _make_keys(*, dry_run: bool) -> int:
     signing, public = KEYS / SIGNING_KEY, KEYS / PUBLIC_KEY
     if signing.exists() and public.exists():
         if kid_of(signing) != kid_of(public):
-            raise _Undone(
+            raise ConfigurationError(
                 f"{public} is not the public half of {signing}: gates that know it refuse what the application signs. "
                 "Delete the one that is wrong and run this again."
             )
         return 0
     if public.exists():
-        raise _Undone(
+        raise ConfigurationError(
             f"{public} is here and its private half, {signing}, is not: it is in no repository. Copy it from where the "
             f"application runs; or, for keys of this machine alone: broadcastable keys generate --force -d {KEYS}"
         )
@@ -208,23 +230,26 @@ def _make_revision(*, dry_run: bool) -> int:
     try:
         from alembic.config import Config
         from alembic.script import ScriptDirectory
-    except ImportError:
-        err.print("[yellow]Alembic is not installed here[/], so no migration was written.")
-        return 0
+    except ImportError as error:
+        raise ConfigurationError(
+            "Alembic is not installed here, so no migration was written. Run this where the application runs."
+        ) from error
     try:
         scripts = ScriptDirectory.from_config(Config("alembic.ini"))
         revisions = list(scripts.walk_revisions())
         heads = scripts.get_heads()
     except Exception as error:  # Alembic's own, or whatever a revision's code raises when it is imported
         reason = str(error) or type(error).__name__
-        raise _Undone(f"Alembic cannot read its migrations, so none was written: {reason.rstrip('.')}.") from error
+        raise ConfigurationError(
+            f"Alembic cannot read its migrations, so none was written: {reason.rstrip('.')}."
+        ) from error
     if any(_makes_the_tables(Path(revision.path)) for revision in revisions):
         return 0
     if len(heads) > 1:
-        err.print(
-            f"[yellow]Alembic has several heads[/] ({', '.join(heads)}), so no migration was written: merge them."
+        raise ConfigurationError(
+            f"Alembic has several heads ({', '.join(heads)}), so no migration was written. "
+            "Merge them (alembic merge heads) and run this again."
         )
-        return 0
     identifier = "b0a57ab1e001"
     path = Path(scripts.versions) / f"{identifier}_{REVISION_NAME}.py"
     text = _revision(identifier, heads[0] if heads else None)
@@ -235,7 +260,7 @@ def _make_revision(*, dry_run: bool) -> int:
 
 
 def _makes_the_tables(path: Path) -> bool:
-    text = path.read_text("utf-8")
+    text = path.read_text("utf-8", errors="replace")
     return all(f'"{name}"' in text or f"'{name}'" in text for name in _table_names())
 
 

@@ -8,8 +8,8 @@ public half of each key that took part in one is `verify-<kid>.pem` beside it.
 from __future__ import annotations
 
 import base64
-import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,12 +17,13 @@ from typing import Annotated
 import typer
 
 from broadcastable.errors import ConfigurationError
-from broadcastable.settings import Settings, current_settings, seconds
+from broadcastable.settings import Settings, current_settings, existing_file, seconds
 from broadcastable.tokens import Gatekeeper, generate_key_pair
 
 from . import configuration
 from .application import App, Json, load
 from .console import fail, out, print_json
+from .files import write_file
 
 SIGNING_KEY = "signing_key.pem"
 PUBLIC_KEY = "signing_key.pub.pem"
@@ -103,13 +104,11 @@ class _KeyFiles:
         here = {path.resolve() for path in self.signing.parent.glob("verify-*.pem")}
         entries = [_entry(path) for path in sorted(here)]
         for entry in settings.verify_keys:
-            if entry not in entries and not _names_one_of(entry, here):
-                entries.append(entry.replace("\n", "\\n"))
+            file = existing_file(entry) or existing_file(entry.partition("=")[2])
+            shown = entry if file else _public_entry(entry)
+            if shown not in entries and (file is None or file.resolve() not in here):
+                entries.append(shown)
         return ",".join(entries)
-
-
-def _names_one_of(entry: str, files: set[Path]) -> bool:
-    return "-----BEGIN" not in entry and bool({Path(entry).resolve(), Path(entry.partition("=")[2]).resolve()} & files)
 
 
 def _make_next(files: _KeyFiles, settings: Settings) -> None:
@@ -171,7 +170,13 @@ def _signing_key_file(directory: Path | None, settings: Settings) -> Path:
             "signing_key (BROADCASTABLE_SIGNING_KEY) is the key itself, not the path of a file. "
             "Give the directory of the file that it was taken from: --directory"
         )
-    return Path(settings.signing_key)
+    found = existing_file(settings.signing_key)
+    if found is None:  # what it says stays unsaid: it may be a key that lacks its first line
+        fail(
+            "signing_key (BROADCASTABLE_SIGNING_KEY) names no file that is here. Make a key pair: "
+            "broadcastable keys generate. Or give the directory of the key's file: --directory"
+        )
+    return found
 
 
 def _kid_in_use(files: _KeyFiles, settings: Settings) -> str:
@@ -188,6 +193,12 @@ def _entry(public: Path) -> str:
     """*public*, a `verify-<kid>.pem`, as `Settings.verify_keys` takes it."""
     kid = public.stem.removeprefix("verify-")
     return str(public) if kid == kid_of(public) else f"{kid}={public}"
+
+
+def _public_entry(key: str) -> str:
+    """*key*, PEM text among `Settings.verify_keys` that may be a private one, with its public half alone."""
+    jwk = Gatekeeper(Settings(verify_keys=(key,))).jwks()["keys"][0]
+    return f"{jwk['kid']}={_pem(jwk)}".replace("\n", "\\n")
 
 
 def _tables_without(public: Path) -> list[str]:
@@ -221,24 +232,6 @@ def write_pair(directory: Path) -> str:
     return pair.kid
 
 
-def write_file(path: Path, text: str, *, mode: int) -> None:
-    """Write *text* whole or not at all, with *mode* from the first byte on.
-
-    Raises:
-        ConfigurationError: It cannot be written there.
-    """
-    unfinished = path.with_name(f".{path.name}.new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.unlink(missing_ok=True)
-        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
-            file.write(text)
-        unfinished.chmod(mode)
-        unfinished.replace(path)
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be written: {error.strerror}") from error
-
-
 def public_file(private: Path) -> Path:
     """Where the public half of the key in *private* is: `signing_key.pub.pem` beside `signing_key.pem`."""
     return private.with_name(f"{private.stem}.pub.pem")
@@ -250,13 +243,7 @@ def public_pem(key: Path) -> str:
     Raises:
         ConfigurationError: It holds no ES256 key.
     """
-    from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicNumbers
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
-    jwk = _jwk_of(key)
-    x, y = (int.from_bytes(base64.urlsafe_b64decode(f"{jwk[name]}=")) for name in ("x", "y"))
-    public = EllipticCurvePublicNumbers(x, y, SECP256R1()).public_key()
-    return public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+    return _pem(_jwk_of(key))
 
 
 def kid_of(key: Path) -> str:
@@ -274,6 +261,15 @@ def _jwk_of(key: Path) -> dict[str, str]:
     except ConfigurationError as error:
         raise ConfigurationError(f"{key} is not a key that could be changed: {error}") from error
     return jwk
+
+
+def _pem(jwk: Mapping[str, str]) -> str:
+    from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicNumbers
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    x, y = (int.from_bytes(base64.urlsafe_b64decode(f"{jwk[name]}=")) for name in ("x", "y"))
+    public = EllipticCurvePublicNumbers(x, y, SECP256R1()).public_key()
+    return public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 
 
 def _gatekeeper(app: str | None) -> Gatekeeper:

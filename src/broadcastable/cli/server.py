@@ -15,8 +15,8 @@ from . import configuration
 from .application import App, load
 from .console import err, print_text
 
-Config = Annotated[Path, typer.Option("--config", dir_okay=False, help="The file that says how stream servers run.")]
-Environment = Annotated[str, typer.Option("--environment", "-e", metavar="NAME", help="Which table of it.")]
+CONFIG_HELP = "The file that says how stream servers run."
+ENVIRONMENT_HELP = "Which table of it."
 
 
 def server(
@@ -32,8 +32,14 @@ def server(
         list[str] | None,
         typer.Option("--origin", metavar="ORIGIN", help="A page's origin that may call, or '*'; may be repeated."),
     ] = None,
-    config: Config = configuration.FILE,
-    environment: Environment = "development",
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", dir_okay=False, help=CONFIG_HELP, show_default="broadcastable.toml, if there"),
+    ] = None,
+    environment: Annotated[
+        str | None,
+        typer.Option("--environment", "-e", metavar="NAME", help=ENVIRONMENT_HELP, show_default="development"),
+    ] = None,
     app: App = None,
 ) -> None:
     """Run a stream server behind the gatekeeper, for development and tests, until Ctrl+C.
@@ -46,8 +52,8 @@ def server(
     except ImportError as error:
         raise MissingExtraError("The stream server", "server") from error
     settings = _settings(app)
-    if config.exists():
-        table = configuration.read(config, environment)
+    if config is not None or environment is not None or configuration.FILE.exists():
+        table = configuration.read(config or configuration.FILE, environment or "development")
         settings = table.settings(settings)
         port = table.port if port is None else port
         data_dir = Path(table.data_dir) if data_dir is None and table.data_dir else data_dir
@@ -64,8 +70,10 @@ def server(
 
 
 def caddyfile(
-    config: Config = configuration.FILE,
-    environment: Environment = "production",
+    config: Annotated[Path, typer.Option("--config", dir_okay=False, help=CONFIG_HELP)] = configuration.FILE,
+    environment: Annotated[
+        str, typer.Option("--environment", "-e", metavar="NAME", help=ENVIRONMENT_HELP)
+    ] = "production",
     app: App = None,
 ) -> None:
     """Print the Caddyfile of the production stream server: who may read and write what, as the gatekeeper decides it.

@@ -36,18 +36,14 @@ def status(
     """
     durable_streams = _shared(app)
     if not watch:
-        pending, rate = _look(durable_streams.outbox)
-        if json:
-            print_json(_summary(durable_streams, pending, rate))
-        else:
-            out.print(_table(durable_streams, pending, rate))
+        pending = _print_once(durable_streams, json=json)
         raise typer.Exit(1 if any(each.parked for each in pending) else 0)
     try:
-        if json:
+        if json or not out.is_terminal:
             while True:
-                print_json(_summary(durable_streams, *_look(durable_streams.outbox)))
+                _print_once(durable_streams, json=json)
                 time.sleep(every)
-        with Live(console=out, auto_refresh=False, screen=out.is_terminal) as live:
+        with Live(console=out, auto_refresh=False, screen=True) as live:
             while True:
                 live.update(_table(durable_streams, *_look(durable_streams.outbox)), refresh=True)
                 time.sleep(every)
@@ -113,6 +109,15 @@ def _shared(app: str | None) -> DurableStreams:
             'this one is empty. With outbox "redis" or "database" there is something to see here.'
         )
     return durable_streams
+
+
+def _print_once(durable_streams: DurableStreams, *, json: bool) -> list[PendingStream]:
+    pending, rate = _look(durable_streams.outbox)
+    if json:
+        print_json(_summary(durable_streams, pending, rate))
+    else:
+        out.print(_table(durable_streams, pending, rate))
+    return pending
 
 
 def _look(outbox: Outbox) -> tuple[list[PendingStream], Rate]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json as json_module
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import httpx
@@ -12,6 +13,7 @@ import typer
 from rich.text import Text
 
 from broadcastable import jitter
+from broadcastable.client import certificates_for
 from broadcastable.errors import StreamNotFound, StreamUnavailable
 from broadcastable.names import shard_of
 from broadcastable.protocol import StreamResponse, error_for, read_request
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
 COLOURS = {"insert": "green", "update": "yellow", "upsert": "yellow", "delete": "red"}
 LONGEST_PAUSE = 10.0
+
+_LINE_END = re.compile(rb"\r\n|\r|\n")
+_UNPRINTED = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def tail(
@@ -97,12 +102,14 @@ def _live(durable_streams: DurableStreams, stream: str, offset: str) -> Iterator
     url = f"{urls[shard_of(stream, len(urls))]}/{read_request(stream, offset).path}&live=sse"
     headers = {"Authorization": f"Bearer {durable_streams.gatekeeper.server_token()}"}
     timeout = httpx.Timeout(90, connect=5)
-    with httpx.stream("GET", url, headers=headers, timeout=timeout, trust_env=False) as response:
+    with httpx.stream(
+        "GET", url, headers=headers, timeout=timeout, trust_env=False, verify=certificates_for(url)
+    ) as response:
         if response.status_code != 200:
             response.read()
             raise error_for(StreamResponse(response.status_code, response.headers, response.content), stream)
         held: list[Any] = []
-        for kind, data in _server_sent(response.iter_lines()):
+        for kind, data in _server_sent(_lines(response.iter_bytes())):
             parsed = json_module.loads(data)
             if kind == "data":
                 held += parsed if isinstance(parsed, list) else [parsed]
@@ -125,18 +132,42 @@ def _server_sent(lines: Iterator[str]) -> Iterator[tuple[str, str]]:
             data.append(line.removeprefix("data:").removeprefix(" "))
 
 
+def _lines(pieces: Iterable[bytes]) -> Iterator[str]:
+    """The lines of an event stream. They end with CR, LF or CRLF alone (HTML, 9.2.5), and JSON may hold U+2028."""
+    rest, ended_with_cr = b"", False
+    for piece in pieces:
+        # A CR ended its line when it came; an LF that comes later is the other half of it.
+        text = piece.removeprefix(b"\n") if ended_with_cr else piece
+        ended_with_cr = text.endswith(b"\r")
+        *whole, rest = _LINE_END.split(rest + text)
+        for line in whole:
+            yield line.decode("utf-8", "replace")
+
+
 def _line(event: Any, offset: str) -> Text:
-    headers = event.get("headers", {}) if isinstance(event, dict) else {}
-    operation = str(headers.get("operation", "event"))
+    """*event* on one line: a change event in columns, and anything else as the JSON that it is."""
+    headers = event["headers"] if isinstance(event, dict) and {"type", "key", "headers"} <= event.keys() else None
+    if not isinstance(headers, dict) or "operation" not in headers:
+        headers = {}
+    operation = _printed(headers.get("operation", "event"))
     line = Text()
-    line.append(str(headers.get("timestamp", ""))[11:23].ljust(12), style="dim")
+    line.append(_printed(headers.get("timestamp", ""))[11:23].ljust(12), style="dim")
     line.append(f" {operation:7}", style=COLOURS.get(operation, "cyan"))
     if headers:
-        line.append(f"{event.get('type')}/{event.get('key')} ", style="bold")
-        line.append(json_module.dumps(event["value"], ensure_ascii=False) if "value" in event else "")
+        line.append(_printed(f"{event['type']}/{event['key']} "), style="bold")
+        line.append(_json(event["value"]) if "value" in event else "")
     else:
-        line.append(json_module.dumps(event, ensure_ascii=False))
-    line.append(f"  {offset}", style="dim")
+        line.append(_json(event))
+    line.append(f"  {_printed(offset)}", style="dim")
     if "txid" in headers:
-        line.append(f"  {headers['txid']}", style="dim")
+        line.append(f"  {_printed(headers['txid'])}", style="dim")
     return line
+
+
+def _json(value: Any) -> str:
+    return _printed(json_module.dumps(value, ensure_ascii=False))
+
+
+def _printed(value: Any) -> str:
+    """The text of *value* with what would command the terminal spelt out: whoever may append may write it."""
+    return _UNPRINTED.sub(lambda found: f"\\u{ord(found[0]):04x}", str(value))

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import event
@@ -20,14 +20,18 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from broadcastable import transactions
 from broadcastable.cli.console import step
+from broadcastable.cli.files import write_file
 from broadcastable.durable_streams import DurableStreams
+from broadcastable.errors import ConfigurationError
 from broadcastable.server.embedded import embedded_server
-from broadcastable.settings import Settings
+from broadcastable.settings import ENV_PREFIX, Settings
 from broadcastable.tokens import generate_key_pair
 
 from .models import Base, Message, Room
 
 LONGEST_BURST = 1_000
+
+T = TypeVar("T")
 
 
 class NotInTheChat(LookupError):
@@ -57,7 +61,12 @@ class Chat:
                 directory = self._data_dir or Path(
                     starting.enter_context(tempfile.TemporaryDirectory(prefix="broadcastable-demo-"))
                 )
-                directory.mkdir(parents=True, exist_ok=True)
+                try:
+                    directory.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise ConfigurationError(
+                        f"{directory} cannot be a directory for --data-dir: {error.strerror}"
+                    ) from error
                 database = directory / "chat.db"
                 self.engine = _open_database(database)
                 starting.callback(self.engine.dispose)
@@ -144,9 +153,7 @@ class Chat:
     def move(self, message_id: int, room_id: int) -> str:
         """Put a message into another room: a delete on one stream, an insert on the other, under one txid."""
         with self._changing(Message, message_id) as (session, message):
-            if session.get(Room, room_id) is None:
-                raise NotInTheChat(f"There is no room {room_id}.")
-            message.room_id = room_id
+            message.room_id = _get(session, Room, room_id).id
             return self._commit(session)
 
     def remove(self, message_id: int) -> str:
@@ -158,10 +165,7 @@ class Chat:
     @contextmanager
     def _changing(self, model: type[Any], key: int) -> Iterator[tuple[Session, Any]]:
         with self.sessions(expire_on_commit=False) as session:
-            record = session.get(model, key)
-            if record is None:
-                raise NotInTheChat(f"There is no {model.__name__.lower()} {key}; perhaps it was deleted meanwhile.")
-            yield session, record
+            yield session, _get(session, model, key)
 
     @staticmethod
     def _commit(session: Session) -> str:
@@ -189,10 +193,7 @@ class Chat:
 
     def _room(self, room_id: int) -> Room:
         with self.sessions() as session:
-            room = session.get(Room, room_id)
-        if room is None:
-            raise NotInTheChat(f"There is no room {room_id}.")
-        return room
+            return _get(session, Room, room_id)
 
     # --- the switch on the page ---
 
@@ -208,25 +209,35 @@ class Chat:
             self.stream_server_runs = wanted
 
 
+def _get(session: Session, model: type[T], key: int) -> T:
+    record = session.get(model, key) if key.bit_length() < 64 else None  # SQLite has no larger integers
+    if record is None:
+        raise NotInTheChat(f"There is no {model.__name__.lower()} {key}; perhaps it was deleted meanwhile.")
+    return record
+
+
 def _settings(directory: Path, database: Path | None) -> Settings:
     """The environment's settings, but the demo's own everything: no other service takes part.
 
     What is kept is kept whole: with a *database* the outbox is in it, so that a kill at any moment loses nothing.
     """
-    settings = Settings.from_env().replace(
-        outbox="memory" if database is None else "database",
-        database_url=None if database is None else f"sqlite:///{database}",
-        redis_url=None,
-        client_url=None,
-        stream_ttl=None,
-        gid_app="demo",
-    )
+    own = {
+        "outbox": "memory" if database is None else "database",
+        "database_url": None if database is None else f"sqlite:///{database}",
+        "redis_url": None,
+        "client_url": None,
+        "stream_ttl": None,
+        "gid_app": "demo",
+    }
+    # Unread, so that what the demo replaces cannot be wrong either; the URL is the embedded server's.
+    unread = {f"{ENV_PREFIX}{name.upper()}" for name in (*own, "server_url")}
+    environment = {name: value for name, value in os.environ.items() if name not in unread}
+    settings = Settings.from_env(environment).replace(**own)
     if settings.signing_key:
         return settings
     key = directory / "signing_key.pem"
     if not key.exists():
-        with open(os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(generate_key_pair().private_pem)
+        write_file(key, generate_key_pair().private_pem, mode=0o600)
     return settings.replace(signing_key=str(key))
 
 

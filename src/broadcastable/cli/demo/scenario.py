@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 import durable_streams
 import httpx
 
-from broadcastable.cli.console import out, step
+from broadcastable.cli.console import fail, out, step
 
 from .chat import Chat
 from .models import Message
@@ -46,9 +47,14 @@ class Arrival:
 
 
 class Inbox:
-    """What all readers have been given so far, in order of arrival. Thread safe."""
+    """What all readers have been given so far, in order of arrival. Thread safe.
+
+    Attributes:
+        last_error: Why a reader was last given nothing; the empty text when none ever failed.
+    """
 
     def __init__(self) -> None:
+        self.last_error = ""
         self._arrived: list[Arrival] = []
         self._changed = threading.Condition()
 
@@ -76,11 +82,13 @@ class Reader(threading.Thread):
         self._url, self._token = chat.durable_streams.signed_stream_primitives(name)
         self._done = threading.Event()
         self._connected = threading.Event()
-        self._client = httpx.Client(timeout=httpx.Timeout(30, connect=2))
+        self._client = httpx.Client(timeout=httpx.Timeout(30, connect=2), trust_env=False)
 
     def __enter__(self) -> Self:
         self.start()
-        self._connected.wait(PATIENCE)
+        if not self._connected.wait(PATIENCE):
+            self._done.set()
+            _fail_without_events(self._inbox)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -91,7 +99,8 @@ class Reader(threading.Thread):
             try:
                 for event in self._events():
                     self._inbox.put(event)
-            except (httpx.HTTPError, durable_streams.DurableStreamError):
+            except (httpx.HTTPError, durable_streams.DurableStreamError) as error:
+                self._inbox.last_error = f"{type(error).__name__}: {error}"
                 self._done.wait(0.05)
 
     def _events(self) -> Iterator[list[Arrival]]:
@@ -127,6 +136,9 @@ class Story:
         """Do it, and wait for the events that it makes: stream, operation and type/key of each.
 
         *timed* says that the time until an event is a latency, and not that of an outage or a queue.
+
+        Raises:
+            typer.Exit: Nothing came of what had to. What follows would wait in vain too, so the reader's error is said.
         """
         seen = len(self._expected)
         out.print(f"[bold]{says}[/]")
@@ -144,9 +156,9 @@ class Story:
             took = (arrived[-1].at - started) * 1_000
             out.print(f"  [dim]… and {len(arrived) - MOST_SHOWN} more, the last after {took:.0f} ms[/]")
         if not arrived:
-            out.print(
-                "  [dim]nothing came[/]" + ("" if len(self._expected) == seen else ", [red]though it should have[/]")
-            )
+            out.print("  [dim]nothing came[/]")
+            if len(self._expected) > seen:
+                _fail_without_events(self._inbox)
         return made
 
     def sum_up(self) -> bool:
@@ -161,10 +173,12 @@ class Story:
                 f"streams, each once and in order; {took}."
             )
         else:
-            missing = len(set(self._expected) - set(arrived))
+            due, came = Counter(self._expected), Counter(arrived)
+            missing, beyond = (due - came).total(), (came - due).total()
             out.print(
-                f"\n[bold red]Not all arrived[/]: {len(self._expected)} events were due on {len(streams)} streams and "
-                f"{len(arrived)} came; {missing} are missing, and the others are out of order or came twice."
+                f"\n[bold red]Not all arrived[/] once and in order: {due.total()} events were due on {len(streams)} "
+                f"streams and {came.total()} came; {missing} are missing, {beyond} came twice or were not due"
+                f"{'' if missing or beyond else ', and their order is another'}."
             )
         return right
 
@@ -221,6 +235,10 @@ def play(chat: Chat) -> bool:
             "And all is as before", lambda: chat.remove(late), lambda _: [(in_lobby, "delete", f"message/{late}")]
         )
         return story.sum_up()
+
+
+def _fail_without_events(inbox: Inbox) -> NoReturn:
+    fail(f"The reader was given nothing in {PATIENCE:g} s. Its last error: {inbox.last_error or 'none'}")
 
 
 def _meanwhile(chat: Chat, does: Callable[[], T]) -> T:

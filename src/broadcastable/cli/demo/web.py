@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ _FILES = {
     "panel.js": _PAGE / "panel.js",
     "broadcastable.js": static.MODULE,
 }
+_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
+"""JSON can spell a half of a character, and no database keeps one."""
 _NO_STORE = {"cache-control": "no-store"}
 
 
@@ -120,11 +123,11 @@ async def _sent(request: Request) -> Any:
     if request.method in {"GET", "HEAD"}:
         return {}
     origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+    if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
         raise _Refused("Only the demo's own page may change something.")
     try:
         sent = await request.json()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _Refused("The body is JSON.") from error
     if not isinstance(sent, dict):
         raise _Refused("The body is a JSON object.")
@@ -133,7 +136,7 @@ async def _sent(request: Request) -> Any:
 
 def _text(sent: dict[str, Any], name: str, longest: int) -> str:
     value = sent.get(name)
-    if not isinstance(value, str) or not 1 <= len(value.strip()) <= longest:
+    if not isinstance(value, str) or not 1 <= len(value.strip()) <= longest or _LONE_SURROGATE.search(value):
         raise _Refused(f"{name} is a text of 1 to {longest} characters.")
     return value.strip()
 
