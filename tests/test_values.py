@@ -250,3 +250,14 @@ def test_an_event_says_what_a_later_reader_of_the_row_would_see(column: str, ass
 )
 def test_a_composite_key_is_unambiguous(identity: tuple[Any, ...], text: str) -> None:
     assert key_text(identity) == text
+
+
+def test_a_value_that_holds_itself_or_goes_too_deep_is_named() -> None:
+    cycle: dict[str, Any] = {}
+    cycle["self"] = [cycle]
+    deep: list[Any] = []
+    for _ in range(5_000):
+        deep = [deep]
+    for value in (cycle, deep):
+        with pytest.raises(UnencodableValue, match="holds itself, or is nested too deep"):
+            to_json_value(value)

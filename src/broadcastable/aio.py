@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from .durable_streams import AsyncDurableStreams, current_async
@@ -45,7 +45,7 @@ drain = _on_current(AsyncDurableStreams.drain)
 
 
 @functools.wraps(AsyncDurableStreams.stream_snapshot)
-def stream_snapshot(*args: Any, **kwargs: Any) -> AsyncGenerator[bytes, None]:
+def stream_snapshot(*args: Any, **kwargs: Any) -> AsyncIterator[bytes]:
     """See `DurableStreams.stream_snapshot`."""
     return current_async().stream_snapshot(*args, **kwargs)
 

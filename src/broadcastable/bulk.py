@@ -11,22 +11,24 @@ With "capture", `bulk_rows` reads the rows before and after.
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import FrameType
 from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Result
-from sqlalchemy.orm import Mapper, Session
+from sqlalchemy.orm import Mapper, Session, registry
+from sqlalchemy.orm.exc import UnmappedClassError
 from sqlalchemy.sql import dml
 from sqlalchemy.sql.visitors import iterate
 
 from . import unsent, upserts
 from .bulk_rows import BulkRows, Call
 from .counters import counters
-from .declarations import PLAN_ATTRIBUTE, Plan, plan_of_table
+from .declarations import Plan, plan_of_class, plan_of_table
 from .errors import BulkStatementError
 from .suppression import is_suppressed
 from .upserts import Conflicts
@@ -34,6 +36,10 @@ from .upserts import Conflicts
 
 class UncapturedBulkStatement(UserWarning):
     """A bulk statement changed rows of a model with streams, and no reader will hear of it."""
+
+
+class UncapturedSecondary(UserWarning):
+    """A relationship writes to the table of a model with streams, its `secondary`, and no reader will hear of it."""
 
 
 def _execute(original: Callable[..., Result[Any]], session: Session, statement: Any, *args: Any, **kwargs: Any) -> Any:
@@ -102,10 +108,28 @@ def _bulk_insert_mappings(
     if plan is None or _policy(plan, "bulk_insert_mappings", session) != "capture":
         original(session, mapper, mappings, return_defaults, render_nulls)
         return
-    written = list(mappings)
-    original(session, mapper, written, True, render_nulls)  # with defaults: how else to know the keys
+    # SQLAlchemy writes the new keys into the dicts that it is given; before 2.0.32 it does not tell them at all.
+    written = list(mappings) if return_defaults else [dict(each) for each in mappings]
+    if not return_defaults and not _all_have_keys(plan, written):
+        options = {"autoflush": False, "render_nulls": render_nulls}
+        run = functools.partial(_originals["execute"], session)
+        call = Call(run, sa.insert(plan.mapper.class_), (written,), {"execution_options": options})
+        if not _obstacle_to_insert(plan, call, session):
+            BulkRows(session, plan, call).insert_returning(call, conflicts={})
+            return
+    original(session, mapper, written, True, render_nulls)
     rows = BulkRows(session, plan)
-    rows.record({}, rows.read([tuple(each[name] for name in plan.key) for each in written], lock=False))
+    rows.record({}, rows.read([_key_in(plan, each) for each in written], lock=False))
+    if not _all_have_keys(plan, written):
+        _warn_uncaptured(plan, "bulk_insert_mappings", "SQLAlchemy, before 2.0.32, does not tell the new primary keys")
+
+
+def _all_have_keys(plan: Plan, mappings: Iterable[Mapping[str, Any]]) -> bool:
+    return not any(part is None for each in mappings for part in _key_in(plan, each))
+
+
+def _key_in(plan: Plan, mapping: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(mapping.get(name) for name in plan.key)
 
 
 def _bulk_update_mappings(
@@ -162,8 +186,7 @@ def _plan_of_class(entity: Any) -> Plan | None:
     mapper: Any = sa.inspect(entity, raiseerr=False)
     if mapper is None or not isinstance(getattr(mapper, "mapper", None), Mapper):
         return None
-    plan: Plan | None = mapper.mapper.class_.__dict__.get(PLAN_ATTRIBUTE)
-    return plan
+    return plan_of_class(mapper.mapper)
 
 
 def _policy(plan: Plan, call: Call | str, session: Session) -> str:
@@ -237,7 +260,7 @@ def _obstacle_to_insert(plan: Plan, call: Call, session: Session) -> str:
 def _result_tells_key(call: Call) -> bool:
     """Whether the result of this INSERT has the primary key of its one row."""
     insert = call.statement
-    if call.sets is not None or insert._multi_values or insert.select is not None:
+    if call.sets is not None or call.inserts_in_bulk or insert._multi_values or insert.select is not None:
         return False
     return not (insert._returning or insert._inline or upserts.changes_rows(insert) or upserts.skips_rows(insert))
 
@@ -287,15 +310,41 @@ def _refuse_hidden(plan: Plan, statement: Any, session: Session) -> None:
     _warn_uncaptured(plan, call, why)
 
 
-def _warn(message: str) -> None:
+_TOLD: Final = "_broadcastable_told"
+
+
+def warn_of_secondaries(registries: Iterable[registry]) -> None:
+    """Warn, once for each, of relationships that write to the table of a model with streams as their `secondary`."""
+    for mapper in itertools.chain.from_iterable(_configured_mappers(each) for each in registries):
+        for relationship in mapper.relationships:
+            plan = None if relationship.viewonly else plan_of_table(relationship.secondary)
+            if plan is None or _TOLD in relationship.info or plan.mapper.class_.__stream_bulk__ == "ignore":
+                continue
+            relationship.info[_TOLD] = True
+            _warn(
+                f"{relationship} writes to the table of {plan.name} past the unit of work, and no reader of the "
+                f"streams of {plan.name} hears of it. Give it viewonly=True and add and delete {plan.name} records, or "
+                f'set {plan.name}.__stream_bulk__ to "ignore"',
+                UncapturedSecondary,
+            )
+
+
+def _configured_mappers(of: registry) -> list[Mapper[Any]]:
+    try:
+        return [mapper for mapper in of.mappers if mapper.configured]
+    except UnmappedClassError:  # DeferredReflection, before its prepare(); there is another configuration after it
+        return []
+
+
+def _warn(message: str, category: type[Warning] = UncapturedBulkStatement) -> None:
     """Once for each call site, as the standard filters do; the site is the application's, not SQLAlchemy's or ours."""
     frame = _application_frame()
     if frame is None:
-        warnings.warn(message, UncapturedBulkStatement, stacklevel=2)
+        warnings.warn(message, category, stacklevel=2)
         return
     warnings.warn_explicit(
         message,
-        UncapturedBulkStatement,
+        category,
         frame.f_code.co_filename,
         frame.f_lineno,
         module=frame.f_globals.get("__name__"),

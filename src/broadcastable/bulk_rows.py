@@ -21,7 +21,7 @@ from sqlalchemy.sql import dml
 
 from .completion import report_failure
 from .declarations import Plan, Route
-from .recording import NOWHERE, Handle, Recording, RecordView, notes_of
+from .recording import NOWHERE, Handle, Recording, RecordView, note_rewritten, notes_of
 from .transactions import Change, EntityKey, buffers_of
 from .upserts import Conflicts
 from .values import Row, key_text
@@ -69,8 +69,16 @@ class Call:
     @property
     def flushes_first(self) -> bool:
         """Whether what waits in the session is to be written first; only an ORM statement has the option."""
-        is_orm = self.statement._propagate_attrs.get("compile_state_plugin") == "orm"
-        return bool(not is_orm or self.options.get("autoflush", True))
+        return bool(not self.is_orm or self.options.get("autoflush", True))
+
+    @property
+    def is_orm(self) -> bool:
+        return bool(self.statement._propagate_attrs.get("compile_state_plugin") == "orm")
+
+    @property
+    def inserts_in_bulk(self) -> bool:
+        """An ORM INSERT with its parameters apart, if only one set of them."""
+        return bool(self.is_orm and self.params and self.options.get("dml_strategy", "auto") in {"auto", "bulk"})
 
     @property
     def names_rows_by_key(self) -> bool:
@@ -243,17 +251,19 @@ class BulkRows:
         """
         buffers = buffers_of(self._session)
         level = buffers.level(self._session)
-        level.mapper = level.mapper or self.plan.mapper
+        level.remember_bind(self._session, self.plan.mapper, self._connection)
         recording = Recording(self._session, notes_of(buffers), level, buffers.delivery_for(self._session))
         changed = [
             key for key in dict.fromkeys((*before, *after)) if not self._is_same(before.get(key), after.get(key))
         ]
+        note_rewritten(self._session, self.plan.mapper, [self._identity(after[key]) for key in changed if key in after])
         for route in self.plan.routes:
             told = _Told(recording, route)
             for key in changed:
                 told.add(key, before.get(key), after.get(key), existed=not known)
             told.write()
         recording.notes.settle(self._session, buffers)
+        buffers.added(self._session, has_locked=True)
 
     def _is_same(self, before: Row | None, after: Row | None) -> bool:
         if before is None or after is None:

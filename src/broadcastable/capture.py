@@ -26,11 +26,12 @@ from sqlalchemy.orm.base import NO_VALUE
 
 from . import transactions, unsent
 from .completion import NO_STREAM, Unplaced, report_failure, select_rows
-from .declarations import PLAN_ATTRIBUTE, PathTarget, Plan, RecordTarget, Route
-from .recording import NOWHERE, Handle, Notes, Recording, RecordView, State, notes_of
+from .declarations import PathTarget, Plan, RecordTarget, Route, plan_of_class
+from .recording import ABSENT_IS_UNKNOWN, NOWHERE, Handle, Notes, Recording, RecordView, State, notes_of
 from .suppression import is_suppressed
 from .transactions import Change, Delivery, EntityKey, Level, Unread, buffers_of, coalesce
 from .values import key_text
+from .views import identity_now
 
 log = logging.getLogger(__name__)
 
@@ -50,22 +51,21 @@ def _by_key_of_first(updated: tuple[State, set[str]]) -> Any:
 
 
 def _after_flush(session: Session, context: UOWTransaction) -> None:
-    plans = [
-        (plan, mapper) for mapper in context.mappers if (plan := mapper.class_.__dict__.get(PLAN_ATTRIBUTE)) is not None
-    ]
+    plans = [(plan, mapper) for mapper in context.mappers if (plan := plan_of_class(mapper)) is not None]
     if not plans:
+        transactions.flushed(session)
         return
     buffers = buffers_of(session)
     notes = notes_of(buffers)
     plans = [(plan, mapper) for plan, mapper in plans if not is_suppressed(mapper.class_)]
     if plans:
         level = buffers.level(session)
-        level.mapper = level.mapper or plans[0][1]
+        for _, mapper in plans:
+            level.remember_bind(session, mapper)
         _Flush(notes, level, buffers.delivery_for(session), context).capture(plans)
         notes.settle(session, buffers)
     notes.forget_flush()
-    if buffers.committing:
-        buffers.finish(session)
+    transactions.flushed(session)
 
 
 class _Flushed:
@@ -77,12 +77,14 @@ class _Flushed:
         self.inserted: list[State] = []
         self.updated: list[tuple[State, set[str]]] = []
         self.deleted: list[State] = []
+        # Deleted, and not by a DELETE: some were replaced by a new row with their key, and `_pair` tells which.
+        self.taken_off: list[State] = []
         self.replaced: list[State] = []
-        maybe_replaced: list[State] = []
+        self.replaces = False
         for state in context.mappers[mapper]:
             is_delete, list_only = context.states[state]
             if is_delete:
-                (maybe_replaced if list_only else self.deleted).append(state)
+                (self.taken_off if list_only else self.deleted).append(state)
             elif list_only:
                 continue
             elif state.key is None:
@@ -99,10 +101,6 @@ class _Flushed:
             with contextlib.suppress(Exception):  # keys that do not compare
                 self.updated.sort(key=_by_key_of_first)
                 self.deleted.sort(key=_by_key)
-        if maybe_replaced:
-            # A deleted row and a new one with its key became one UPDATE: SQLAlchemy takes the delete off the plan.
-            new = {tuple(mapper.primary_key_from_instance(state.obj())) for state in self.inserted}
-            self.replaced = [state for state in maybe_replaced if state.key is not None and state.key[1] in new]
 
     def _changed(self, state: State) -> set[str]:
         equal = self.plan.equal
@@ -117,6 +115,35 @@ class _Flushed:
         return changed
 
 
+_TAKEN_OFF: Final = (True, True)
+_WRITTEN: Final = (False, False)
+"""In `UOWTransaction.states`: whether it is a delete, and whether it is only listed, with nothing to be done."""
+
+
+def _pair(flushed: Sequence[_Flushed], context: UOWTransaction) -> None:
+    """Find out which rows were replaced: SQLAlchemy makes one UPDATE of a deleted row and a new one with its key.
+
+    The new one may be of another class with the same table. What it was not given is not null: the row keeps it.
+    """
+    if _TAKEN_OFF not in context.states.values():
+        return
+    taken_off = {
+        state.key[:2]: state for state, todo in context.states.items() if todo == _TAKEN_OFF and state.key is not None
+    }
+    replaced, new = set(), set()
+    for state, todo in context.states.items():
+        if todo == _WRITTEN and state.key is None:
+            identity = state.mapper.primary_key_from_instance(state.obj())
+            old = taken_off.get(state.mapper.identity_key_from_primary_key(identity)[:2])
+            if old is not None:
+                replaced.add(old)
+                new.add(state)
+                state.info[ABSENT_IS_UNKNOWN] = True
+    for each in flushed:
+        each.replaced = [state for state in each.taken_off if state in replaced]
+        each.replaces = not new.isdisjoint(each.inserted)
+
+
 class _Flush(Recording):
     """Takes what one flush wrote to the buffer of its transaction."""
 
@@ -126,6 +153,7 @@ class _Flush(Recording):
 
     def capture(self, plans: Sequence[tuple[Plan, Mapper[Any]]]) -> None:
         flushed = [_Flushed(plan, mapper, self._context, self.notes) for plan, mapper in plans]
+        _pair(flushed, self._context)
         arriving: list[tuple[Route, State, Handle, EntityKey, Change]] = []
         for each in flushed:
             for route in each.plan.routes:
@@ -160,7 +188,7 @@ class _Flush(Recording):
     def _insert_direct(self, route: Route, flushed: _Flushed) -> None:
         if not flushed.inserted:
             return
-        if isinstance(route.target, PathTarget) or flushed.replaced:
+        if isinstance(route.target, PathTarget) or flushed.replaces:
             for state in flushed.inserted:
                 self._guarded(self._arrive, route, state, False)
             return
@@ -329,7 +357,8 @@ class _Flush(Recording):
     def _load_missing(self, plan: Plan, states: list[State]) -> None:
         """Load, with one statement, what the application's functions would otherwise load row by row."""
         names = [each.name for each in plan.attributes]
-        missing = [state for state in states if any(name not in _as_stored(plan, state) for name in names)]
+        wanted = set(names)
+        missing = [state for state in states if not wanted <= _as_stored(plan, state).keys()]
         if not missing:
             return
         connection = self.session.connection(bind_arguments={"mapper": plan.mapper})
@@ -410,7 +439,8 @@ class _Flush(Recording):
 def _as_stored(plan: Plan, state: State) -> dict[str, Any]:
     """What the instance holds, with null for what an INSERT of this session left out. Loads nothing."""
     row: dict[str, Any] = {name: value for name, value in state.dict.items() if name in plan.equal}
-    if state.runid is None:  # made here, and no query has touched it since
+    # Made here, and no query has touched it since, nor anything but the unit of work its row.
+    if state.runid is None and ABSENT_IS_UNKNOWN not in state.info:
         expired = state.expired_attributes
         for name in plan.names:
             if name not in row and name not in expired:
@@ -464,7 +494,7 @@ def _harmless(hook: Hook) -> Hook:
 
 @_harmless
 def _before_update(mapper: Mapper[Any], connection: sa.Connection, state: State) -> None:
-    plan = mapper.class_.__dict__.get(PLAN_ATTRIBUTE)
+    plan = plan_of_class(mapper)
     if plan is None:
         return
     if plan.hops:
@@ -483,18 +513,54 @@ def _before_update(mapper: Mapper[Any], connection: sa.Connection, state: State)
         if known:
             notes_of(buffers_of(_session_of(state))).known_before.setdefault(state, {}).update(known)
     seen = plan.equal if plan.indirect else plan.watched
-    if plan.wants_old_values or any(old is NO_VALUE and name in seen for name, old in committed.items()):
+    if (
+        plan.wants_old_values
+        or any(old is NO_VALUE and name in seen for name, old in committed.items())
+        or _changes_later(plan, mapper, state)
+    ):
         _read_before_if_unknown(plan, connection, state)
+
+
+def _changes_later(plan: Plan, mapper: Mapper[Any], state: State) -> bool:
+    """Whether the unit of work sets a foreign key after the hooks (`post_update`), one that is not loaded perhaps."""
+    relationships = mapper.relationships
+    return any(
+        name not in plan.equal and name in relationships and relationships[name].post_update
+        for name in state.committed_state
+    )
 
 
 @_harmless
 def _before_delete(mapper: Mapper[Any], connection: sa.Connection, state: State) -> None:
-    plan = mapper.class_.__dict__.get(PLAN_ATTRIBUTE)
+    plan = plan_of_class(mapper)
     if plan is None:
         return
     if plan.hops:
         _keep_paths(plan, state)
     _read_before_if_unknown(plan, connection, state)
+
+
+def _before_flush(session: Session, context: UOWTransaction, instances: object) -> None:
+    """Read what is unknown of rows that new ones replace: the unit of work calls no hook for their delete."""
+    deleted = session.deleted
+    if not deleted or not (new := session.new):
+        return
+    unknown: list[State] = [
+        state
+        for state in map(sa.inspect, deleted)
+        if (plan := plan_of_class(state.mapper)) is not None and _unknown_before(plan, state)
+    ]
+    if not unknown:
+        return
+    tables = {state.mapper.base_mapper for state in unknown}
+    keys = {
+        state.mapper.identity_key_from_primary_key(identity_now(state))[:2]
+        for state in map(sa.inspect, new)
+        if state.mapper.base_mapper in tables
+    }
+    for state in unknown:
+        if state.key is not None and state.key[:2] in keys:
+            _before_delete(state.mapper, session.connection(bind_arguments={"mapper": state.mapper}), state)
 
 
 def _keep_paths(plan: Plan, state: State) -> None:
@@ -562,6 +628,7 @@ def install(model: type) -> None:
     """Listen to all sessions and to the classes below *model*; does nothing when it is done already."""
     transactions.install()
     if not event.contains(Session, "after_flush", _after_flush):
+        event.listen(Session, "before_flush", _before_flush)
         event.listen(Session, "after_flush", _after_flush)
         event.listen(model, "before_update", _before_update, raw=True, propagate=True)
         event.listen(model, "before_delete", _before_delete, raw=True, propagate=True)
@@ -571,6 +638,7 @@ def remove(model: type) -> None:
     """Listen no more."""
     transactions.remove()
     if event.contains(Session, "after_flush", _after_flush):
+        event.remove(Session, "before_flush", _before_flush)
         event.remove(Session, "after_flush", _after_flush)
         event.remove(model, "before_update", _before_update)
         event.remove(model, "before_delete", _before_delete)

@@ -17,7 +17,7 @@ from sqlalchemy.orm.base import NO_VALUE
 
 from .counters import counters
 from .declarations import Hop, PathTarget, Plan, Route
-from .transactions import Change, Changes, Delivery, EntityKey, Level, Unread, coalesce
+from .transactions import Change, Changes, Delivery, EntityKey, Level, Unread, coalesce, report_missing
 from .values import key_text
 
 log = logging.getLogger(__name__)
@@ -116,20 +116,35 @@ class RowReader:
 
     def read(self, session: Session, level: Level, waiting: list[tuple[Route, Unread] | Unplaced]) -> None:
         plan = self._plan
-        connection = session.connection(bind_arguments={"mapper": plan.mapper})
+        connection = level.connection(session, plan.mapper)
         identities = [each.identity if isinstance(each, Unplaced) else each[1].identity for each in waiting]
         rows = select_rows(connection, plan.mapper, plan.names, plan.key, identities)
+        unplaced: list[EntityKey] = []
         failures = 0
         for each, identity in zip(waiting, identities, strict=True):
             row = rows.get(key_text(identity))
-            if row is None:
-                continue  # gone again, or hidden from us by the database
             route = each.route if isinstance(each, Unplaced) else each[0]
+            if row is None:  # deleted again, or hidden from us by the database
+                if isinstance(each, Unplaced):
+                    unplaced.append((route.type, key_text(identity)))
+                else:
+                    each[1].is_missing = True
+                continue
             try:
                 self._complete(session, level, each, row)
             except Exception as error:
                 report_failure(plan.name, key_text(identity), route, error, first=not failures)
                 failures += 1
+        if unplaced:
+            self._report_unplaced(level, unplaced)
+
+    def _report_unplaced(self, level: Level, unplaced: list[EntityKey]) -> None:
+        deleted = {underway.entity for underway in level.waiting_for(self._paths) if not underway.change[1]}
+        for _, changes in level.streams(self._delivery):
+            deleted.update(entity for entity, change in changes.items() if not change[1])
+        missing = [entity for entity in unplaced if entity not in deleted]
+        if missing:
+            report_missing(missing)
 
     def _complete(
         self, session: Session, level: Level, item: tuple[Route, Unread] | Unplaced, row: dict[str, Any]
@@ -195,7 +210,7 @@ class PathReader:
                 and any(name not in state.dict for name in hop.attributes)
             }
             if identities:
-                self._read_hop(session, hop, identities)
+                self._read_hop(session.connection(bind_arguments={"mapper": hop.mapper}), hop, identities)
 
     def settle(self, session: Session, levels: Iterable[Level]) -> None:
         """A flush or a bulk statement is done: find where what left was, and with it all else that waits."""
@@ -203,7 +218,7 @@ class PathReader:
             if self._is_leaving:
                 for level in levels:
                     waiting: list[Underway] = level.waiting_for(self)
-                    self._read_gaps(session, waiting)
+                    self._read_gaps(session, level, waiting)
                     waiting[:] = [
                         dataclasses.replace(each, end=self._walk(session, each)) if each.end is None else each
                         for each in waiting
@@ -213,7 +228,7 @@ class PathReader:
             self._found.clear()
 
     def read(self, session: Session, level: Level, waiting: list[Underway]) -> None:
-        self._read_gaps(session, waiting)
+        self._read_gaps(session, level, waiting)
         failures = 0
         for underway in waiting:
             try:
@@ -224,7 +239,7 @@ class PathReader:
                 report_failure(underway.route.plan.name, underway.entity[1], underway.route, error, first=not failures)
                 failures += 1
 
-    def _read_gaps(self, session: Session, waiting: Iterable[Underway]) -> None:
+    def _read_gaps(self, session: Session, level: Level, waiting: Iterable[Underway]) -> None:
         while True:
             missing: dict[Hop, dict[str, tuple[Any, ...]]] = {}
             for underway in waiting:
@@ -235,10 +250,9 @@ class PathReader:
             if not missing:
                 break
             for hop, identities in missing.items():
-                self._read_hop(session, hop, identities)
+                self._read_hop(level.connection(session, hop.mapper), hop, identities)
 
-    def _read_hop(self, session: Session, hop: Hop, identities: dict[str, tuple[Any, ...]]) -> None:
-        connection = session.connection(bind_arguments={"mapper": hop.mapper})
+    def _read_hop(self, connection: sa.Connection, hop: Hop, identities: dict[str, tuple[Any, ...]]) -> None:
         rows = select_rows(connection, hop.mapper, hop.attributes, hop.key, identities.values())
         found = self._found.setdefault(hop, {})
         for text in identities:

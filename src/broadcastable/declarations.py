@@ -2,7 +2,7 @@
 
 `streams()` and `streams_to()` only note what was asked for. `plan_for` turns the notes of one class into routes: where
 a row's changes go, computed from the row alone wherever that is possible, and what they say. A declaration that does
-not fit its model raises `DeclarationError` then, not at the first commit.
+not fit its model raises `DeclarationError` then, and again wherever a row of that model is written.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy.orm import InstanceState, Mapper, RelationshipDirection, RelationshipProperty
 from sqlalchemy.orm.exc import UnmappedColumnError
-from sqlalchemy.sql.visitors import iterate
+from sqlalchemy.sql import operators
 
 from .errors import DeclarationError, InvalidStreamName
 from .events import Operation, encode_json
@@ -288,8 +288,9 @@ def _follow(mapper: Mapper[Any], name: str) -> tuple[tuple[str, ...], Mapper[Any
     attributes = _foreign_key(mapper, relationship)
     if attributes is None:
         raise DeclarationError(
-            f"{cls}.{name} does not lead from a foreign key of {cls} to the primary key of {parent.class_.__name__}, "
-            f"so the stream does not follow from the row. Give a function: streams_to(lambda record: ..., ...)"
+            f"{cls}.{name} does not lead from a foreign key of {cls} alone to the primary key of "
+            f"{parent.class_.__name__}, so the stream does not follow from the row. Give a function: "
+            "streams_to(lambda record: ..., ...)"
         )
     return attributes, parent
 
@@ -306,7 +307,28 @@ def _foreign_key(mapper: Mapper[Any], relationship: RelationshipProperty[Any]) -
     except UnmappedColumnError:
         return None
     wanted = _key_names(parent)
-    return tuple(by_key[key] for key in wanted) if set(by_key) == set(wanted) else None
+    conditions = list(_conditions(relationship.primaryjoin))
+    # With more criteria the other side may be None although the foreign key is not.
+    if set(by_key) != set(wanted) or len(conditions) != len(wanted) or not all(map(_equates_columns, conditions)):
+        return None
+    return tuple(by_key[key] for key in wanted)
+
+
+def _conditions(join: sa.ColumnElement[bool]) -> Iterator[Any]:
+    if isinstance(join, sa.BooleanClauseList) and join.operator is operators.and_:
+        for each in join.clauses:
+            yield from _conditions(each)
+    else:
+        yield join
+
+
+def _equates_columns(condition: Any) -> bool:
+    return (
+        isinstance(condition, sa.BinaryExpression)
+        and condition.operator is operators.eq
+        and isinstance(condition.left, sa.ColumnClause)
+        and isinstance(condition.right, sa.ColumnClause)
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -323,8 +345,7 @@ def _parents(mapper: Mapper[Any]) -> dict[str, ParentLink]:
     found = {}
     for relationship in mapper.relationships:
         attributes = _foreign_key(mapper, relationship)
-        comparisons = sum(isinstance(each, sa.BinaryExpression) for each in iterate(relationship.primaryjoin))
-        if attributes is not None and comparisons == len(attributes) and not relationship.uselist:
+        if attributes is not None and not relationship.uselist:
             found[relationship.key] = ParentLink(relationship.key, attributes, relationship.mapper)
     return found
 
@@ -523,31 +544,52 @@ def _computed(mapper: Mapper[Any]) -> Iterator[str]:
 
 
 PLAN_ATTRIBUTE: Final = "__stream_plan__"
+"""Of each mapped `Broadcastable` class itself: its plan, None when it declares no streams, or `_UNPLANNED`."""
 
-_TABLE_INFO_KEY: Final = "_broadcastable_plan"
+_UNPLANNED: Final = object()
+
+_TABLE_INFO_KEY: Final = "_broadcastable_mappers"
+
+
+def expect_plan(mapper: Mapper[Any]) -> None:
+    """Take note of a class that was just mapped: until its mapper is configured nobody can say what it declares."""
+    type.__setattr__(mapper.class_, PLAN_ATTRIBUTE, _UNPLANNED)
+    inherited = mapper.inherits is not None and mapper.inherits.local_table is mapper.local_table
+    if isinstance(mapper.local_table, sa.Table) and not inherited:
+        info = mapper.local_table.info  # a copy of the table takes it along, so what is in there does not change
+        info[_TABLE_INFO_KEY] = (mapper, *(each for each in info.get(_TABLE_INFO_KEY, ()) if each is not mapper))
 
 
 def plan_for(mapper: Mapper[Any]) -> Plan | None:
     """The plan of a mapped class, None when it declares no streams; made at the first call.
 
     Raises:
-        DeclarationError: A declaration does not fit.
+        DeclarationError: A declaration does not fit; again at each call.
     """
     cls = mapper.class_
-    if PLAN_ATTRIBUTE not in cls.__dict__:
-        declared = declarations_of(cls)
-        plan = Plan(mapper, declared) if declared else None
-        type.__setattr__(cls, PLAN_ATTRIBUTE, plan)
-        inherited = mapper.inherits is not None and mapper.inherits.local_table is mapper.local_table
-        if plan is not None and isinstance(mapper.local_table, sa.Table) and not inherited:
-            mapper.local_table.info[_TABLE_INFO_KEY] = plan
+    if cls.__dict__.get(PLAN_ATTRIBUTE, _UNPLANNED) is _UNPLANNED:
+        mapper.registry.configure(cascade=True)  # as a rule this makes the plan
+        if cls.__dict__.get(PLAN_ATTRIBUTE, _UNPLANNED) is _UNPLANNED:
+            declared = declarations_of(cls)
+            type.__setattr__(cls, PLAN_ATTRIBUTE, Plan(mapper, declared) if declared else None)
     found: Plan | None = cls.__dict__[PLAN_ATTRIBUTE]
     return found
 
 
+def plan_of_class(mapper: Mapper[Any]) -> Plan | None:
+    """As `plan_for`, for any class there is: one that is not `Broadcastable` costs one look."""
+    plan: Plan | None = mapper.class_.__dict__.get(PLAN_ATTRIBUTE)
+    return plan_for(mapper) if plan is _UNPLANNED else plan
+
+
 def plan_of_table(table: Any) -> Plan | None:
     """The plan of the class that is mapped to *table*, for statements on the table itself."""
-    return table.info.get(_TABLE_INFO_KEY) if isinstance(table, sa.Table) else None
+    if not isinstance(table, sa.Table):
+        return None
+    for mapper in table.info.get(_TABLE_INFO_KEY, ()):
+        if mapper.local_table is table and (plan := plan_for(mapper)) is not None:
+            return plan
+    return None
 
 
 def declarations_of(cls: type) -> tuple[StreamDeclaration, ...]:

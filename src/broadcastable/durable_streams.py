@@ -11,7 +11,7 @@ import asyncio
 import logging
 import sys
 import threading
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
@@ -807,7 +807,7 @@ class AsyncDurableStreams(_Verbs):
         identity: object = None,
         expires_in: timedelta | float | None = None,
         wait: timedelta | float = 0.0,
-    ) -> AsyncGenerator[bytes, None]:
+    ) -> AsyncIterator[bytes]:
         """See `DurableStreams.stream_snapshot`."""
         snapshots.check_statement(statement)
         name = self._needed_name(streamables)

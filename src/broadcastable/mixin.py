@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.orm import InstanceState, Mapper
+from sqlalchemy.orm.exc import UnmappedClassError
 
 from . import bulk, capture
-from .declarations import StreamDeclaration, plan_for, stream_type
+from .declarations import StreamDeclaration, expect_plan, plan_for, stream_type
 from .errors import UnknownModelError, UsageError
 from .events import Operation
 from .names import GID, Streamable, gid_name, gid_of, stream_name_from
@@ -56,6 +57,9 @@ class Broadcastable:
         super().__init_subclass__(**kwargs)
         _classes.add(cls)
         install()
+        mapper = _mapper_of(cls)
+        if mapper is not None:  # a declarative base has mapped it by now, perhaps before there was a listener
+            expect_plan(mapper)
 
     @classmethod
     def suppressing_streams(cls) -> AbstractContextManager[None]:
@@ -237,8 +241,16 @@ def _loaded(record: Any, name: str) -> Any:
 _classes: weakref.WeakSet[type[Broadcastable]] = weakref.WeakSet()
 
 
-def _mapped_classes() -> list[type[Broadcastable]]:
-    return [cls for cls in list(_classes) if isinstance(sa.inspect(cls, raiseerr=False), Mapper)]
+def _mapper_of(cls: type) -> Mapper[Any] | None:
+    try:
+        mapper: Any = sa.inspect(cls, raiseerr=False)
+    except UnmappedClassError:  # DeferredReflection, before its prepare()
+        return None
+    return mapper if isinstance(mapper, Mapper) else None
+
+
+def _mappers() -> list[Mapper[Any]]:
+    return [mapper for cls in list(_classes) if (mapper := _mapper_of(cls)) is not None]
 
 
 def broadcastable_model(name: str) -> type[Broadcastable]:
@@ -247,7 +259,7 @@ def broadcastable_model(name: str) -> type[Broadcastable]:
     Raises:
         UnknownModelError: There is none, or more than one.
     """
-    found = [cls for cls in _mapped_classes() if gid_name(cls) == name]
+    found = [mapper.class_ for mapper in _mappers() if gid_name(mapper.class_) == name]
     if not found:
         raise UnknownModelError(f"No Broadcastable model is called {name!r} in a gid. Is its module imported?")
     if len(found) > 1:
@@ -256,9 +268,26 @@ def broadcastable_model(name: str) -> type[Broadcastable]:
     return found[0]
 
 
+def _after_mapped(mapper: Mapper[Any], cls: type) -> None:
+    expect_plan(mapper)
+
+
 def _after_configured() -> None:
-    for cls in _mapped_classes():
-        plan_for(sa.inspect(cls))
+    """Make all plans that can be made: a class with a mistake must not cost others their events.
+
+    Raises:
+        DeclarationError: A declaration does not fit.
+    """
+    mappers = [mapper for mapper in _mappers() if mapper.configured]  # another registry's turn comes
+    mistake: Exception | None = None
+    for mapper in mappers:
+        try:
+            plan_for(mapper)
+        except Exception as error:
+            mistake = mistake or error
+    if mistake is not None:
+        raise mistake
+    bulk.warn_of_secondaries({mapper.registry for mapper in mappers})
 
 
 def install() -> None:
@@ -266,6 +295,7 @@ def install() -> None:
     capture.install(Broadcastable)
     bulk.install()
     if not event.contains(Mapper, "after_configured", _after_configured):
+        event.listen(Broadcastable, "after_mapper_constructed", _after_mapped, propagate=True)
         event.listen(Mapper, "after_configured", _after_configured)
 
 
@@ -274,4 +304,5 @@ def remove() -> None:
     capture.remove(Broadcastable)
     bulk.remove()
     if event.contains(Mapper, "after_configured", _after_configured):
+        event.remove(Broadcastable, "after_mapper_constructed", _after_mapped)
         event.remove(Mapper, "after_configured", _after_configured)

@@ -10,9 +10,12 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
 from enum import Enum
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 from urllib.parse import quote, unquote
+from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DataError
@@ -33,6 +36,9 @@ _UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff?#\\]")
 _ORDERLESS = (bytes, Mapping, Set, type)
 # pchar of RFC 3986, 3.3, and the slash. A literal percent sign is encoded, so that one decoding gives the name back.
 _PATH_SAFE = "/:@!$&'()*+,;="
+
+_PLAIN_KEYS: Final = frozenset({int, str, UUID})
+"""Types of nearly all keys, whose text is `str`."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +110,25 @@ def gid_from_identity(mapper: Mapper[Any], identity: Sequence[Any], *, app: str 
 
 
 def key_part(value: object) -> str:
-    """One primary key column's value as text: what `str` gives, but bytes as hex and enums by value."""
+    """One primary key column's value as text: what `str` gives, but bytes as hex and enums by value.
+
+    Equal keys have one text, whether a program has written them or the database has: numbers go without trailing
+    zeros, and datetimes that have a zone go in UTC, without it, as those do that have none.
+    """
+    if value.__class__ in _PLAIN_KEYS:
+        return str(value)
     if isinstance(value, Enum):
         value = value.value
-    return value.hex() if isinstance(value, bytes) else str(value)
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, datetime) and value.tzinfo is not None:
+        return str(value.astimezone(UTC).replace(tzinfo=None))
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, Decimal) and value.is_finite():
+        text = format(value, "f")
+        return "0" if not value else text.rstrip("0").rstrip(".") if "." in text else text
+    return str(value)
 
 
 def stream_name_from(*streamables: Streamable, app: str | None = None) -> str:
@@ -253,6 +274,9 @@ def _from_text(column_type: Any, text: str) -> Any:
         python_type = column_type.python_type
     except NotImplementedError:
         return text
+    if isinstance(column_type, sa.DateTime):
+        moment = datetime.fromisoformat(text)
+        return moment.replace(tzinfo=UTC) if column_type.timezone and moment.tzinfo is None else moment
     if python_type is bytes:
         return bytes.fromhex(text)
     if python_type is str:

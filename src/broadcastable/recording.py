@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, TypeAlias
 
-from sqlalchemy.orm import Session
+import sqlalchemy as sa
+from sqlalchemy.orm import Mapper, Session
 
 from .completion import NO_STREAM, PathReader, RowReader, State, Underway, changes_at
 from .declarations import PathTarget, Plan, RecordTarget, Route
@@ -55,6 +57,20 @@ def notes_of(buffers: Buffers) -> Notes:
         buffers.notes = Notes()
     notes: Notes = buffers.notes
     return notes
+
+
+ABSENT_IS_UNKNOWN: Final = "_broadcastable_absent_is_unknown"
+"""In `InstanceState.info` of an object made in this process: what it was never given need not be null in its row."""
+
+
+def note_rewritten(session: Session, mapper: Mapper[Any], identities: Iterable[Sequence[Any]]) -> None:
+    """A bulk statement has changed these rows: it leaves absent what the session's new objects were never given."""
+    if not session.identity_map:
+        return
+    for identity in identities:
+        record = session.identity_map.get(mapper.identity_key_from_primary_key(tuple(identity)))
+        if record is not None:
+            sa.inspect(record).info[ABSENT_IS_UNKNOWN] = True
 
 
 Handle: TypeAlias = Any
@@ -117,4 +133,14 @@ class Recording:
             coalesce(changes, entity, change)
 
 
-__all__ = ["NOWHERE", "Handle", "Notes", "RecordView", "Recording", "State", "notes_of"]
+__all__ = [
+    "ABSENT_IS_UNKNOWN",
+    "NOWHERE",
+    "Handle",
+    "Notes",
+    "RecordView",
+    "Recording",
+    "State",
+    "note_rewritten",
+    "notes_of",
+]

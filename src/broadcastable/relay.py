@@ -211,6 +211,7 @@ class Relay:
         server = self._circuit_of(frame.stream)
         look = frame.begun and frame.anchor is not None
         doubt: _Doubt | None = None
+        is_healed = False
         failures = 0
         if frame.anchor is None:
             # Nothing was ever sent: the tail as it is now lies before everything that will be.
@@ -229,8 +230,11 @@ class Relay:
                     appended = self._client.append(frame.stream, frame_body(frame.events), frame.id, attempts=1)
             except StreamTimeout:
                 look, failures = True, self._brief(frame, failures, answered=False)
-            except StreamNotFound:
-                frame = self._heal(frame)
+            except StreamNotFound as error:
+                if is_healed:
+                    what = f"Stream {frame.stream!r} is gone again, right after it was provisioned anew"
+                    raise _Unclear(what, stream=frame.stream) from error
+                frame, is_healed = self._heal(frame), True
             except ProducerFenced as error:
                 doubt = _Doubt("it knows a newer epoch", above=error.epoch)
             except ProducerGap as error:
@@ -292,7 +296,8 @@ class Relay:
 
     def _heal(self, frame: Frame) -> Frame:
         """The stream is gone: provision it anew. Its producers are gone with it, so the numbers start again."""
-        log.warning("Stream %s was gone from the server; it is provisioned anew", frame.stream)
+        level = logging.DEBUG if frame.stream in self._failures else logging.WARNING  # it did not help the last time
+        log.log(level, "Stream %s was gone from the server; it is provisioned anew", frame.stream)
         counters.increment("streams_healed")
         run(self._provisioner.forget(frame.stream), self._client, self._provisioner)
         created = self._create(frame.stream)

@@ -14,7 +14,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import sqlalchemy as sa
@@ -41,6 +41,11 @@ TXID_KEY: Final = "txid"
 """`session.info["txid"]`: the caller's own id for the session's next transaction that uses one. Used once."""
 
 _BUFFERS_KEY: Final = "_broadcastable_buffers"
+
+_A_WRITE: Final = sa.update(sa.table("broadcastable_outbox"))
+"""What a session is asked for a bind for: one with replicas may go by the statement, and reads elsewhere."""
+
+Bind: TypeAlias = "sa.Engine | sa.Connection"
 
 
 class Delivery(Protocol):
@@ -84,13 +89,15 @@ class Unread:
     Attributes:
         body: The event in JSON up to its closing brace, that brace included; None while it is not read, and for
             good when the row is gone or has no JSON form.
+        is_missing: It was looked for and not found.
     """
 
-    __slots__ = ("body", "identity")
+    __slots__ = ("body", "identity", "is_missing")
 
     def __init__(self, identity: tuple[Any, ...]) -> None:
         self.identity = identity
         self.body: bytes | None = None
+        self.is_missing = False
 
 
 class Reader(Protocol):
@@ -201,10 +208,26 @@ class StreamChanges:
         return tuple(events)
 
 
+def report_missing(missing: Sequence[EntityKey]) -> None:
+    """Count events that were due and cannot be made, since their rows are not found; log the first."""
+    counters.increment("events_failed", len(missing))
+    log.error(
+        "%s %s is not found before the commit, so its event is not sent (%d in all): it was deleted past the session, "
+        "or the database hides it from whoever wrote it",
+        *missing[0],
+        len(missing),
+    )
+
+
 class _Stamp:
-    """Ends the events of one transaction: operation, txid, timestamp."""
+    """Ends the events of one transaction: operation, txid, timestamp.
+
+    Attributes:
+        missing: Whose events were due, but for their rows, which were not found.
+    """
 
     def __init__(self, txid: str) -> None:
+        self.missing: list[EntityKey] = []
         rest = b',"txid":' + encode_json(txid) + b',"timestamp":"' + utc_timestamp().encode() + b'"}}'
         self._rest = rest
         self._insert = b',"headers":{"operation":"insert"' + rest
@@ -213,10 +236,12 @@ class _Stamp:
 
     def captured(self, item: tuple[EntityKey, Change]) -> bytes | None:
         (type_, key), (existed, exists, body, old_value, on) = item
-        if isinstance(body, Unread):
-            body = body.body
         if on is not None and _operation(existed, exists) not in on:
             return None
+        if isinstance(body, Unread):
+            if body.is_missing:
+                self.missing.append((type_, key))
+            body = body.body
         if exists:
             if body is None:
                 return None
@@ -246,16 +271,17 @@ class Level:
 
     Attributes:
         lookups: For the capture: whatever it wants to find again within this level.
-        mapper: Of the first captured row: the database whose transaction this is, where a session has several.
+        staged: What was written within this level, to be handed over if it lasts.
     """
 
-    __slots__ = ("_deliveries", "_unread", "lookups", "mapper")
+    __slots__ = ("_binds", "_deliveries", "_unread", "lookups", "staged")
 
     def __init__(self) -> None:
         self._deliveries: dict[int, tuple[Delivery, dict[str, StreamChanges]]] = {}
         self._unread: dict[Reader, list[Any]] = {}
+        self._binds: dict[Mapper[Any], Bind] = {}
         self.lookups: dict[Any, dict[Any, Any]] = {}
-        self.mapper: Mapper[Any] | None = None
+        self.staged: list[tuple[Delivery, list[Batch]]] = []
 
     def stream(self, delivery: Delivery, name: str) -> StreamChanges:
         """The buffer of stream *name*; made when there is none."""
@@ -264,6 +290,29 @@ class Level:
         if found is None:
             found = streams[name] = StreamChanges()
         return found
+
+    def remember_bind(self, session: Session, mapper: Mapper[Any], bind: Bind | None = None) -> None:
+        """Rows of *mapper* are being written, to *bind* or where the flush under way writes them.
+
+        Outside of the flush the session may name another database, as one does that reads from replicas.
+        """
+        if mapper.base_mapper not in self._binds:
+            try:
+                self._binds[mapper.base_mapper] = bind if bind is not None else session.get_bind(mapper.base_mapper)
+            except Exception as error:  # of the application's own function: one that shards goes by the record
+                log.debug("%s: where it is written is not known by its class (%s)", mapper.class_.__name__, error)
+
+    @property
+    def first_bind(self) -> Bind | None:
+        """Where the first captured row was written."""
+        return next(iter(self._binds.values()), None)
+
+    def connection(self, session: Session, mapper: Mapper[Any]) -> sa.Connection:
+        """The connection on which rows of *mapper* are as this transaction has written them, or would."""
+        bind = self._binds.get(mapper.base_mapper)
+        if bind is None:
+            bind = session.get_bind(mapper, clause=sa.update(mapper.tables[0]))
+        return session.connection(bind_arguments={"bind": bind})
 
     def wait_for(self, reader: Reader, waiting: Any) -> None:
         """Have *reader* read *waiting* before the commit."""
@@ -279,7 +328,9 @@ class Level:
                 self.stream(delivery, name).take_over(changes)
         for reader, waiting in released._unread.items():
             self._unread.setdefault(reader, []).extend(waiting)
-        self.mapper = self.mapper or released.mapper
+        for mapper, bind in released._binds.items():
+            self._binds.setdefault(mapper, bind)
+        self.staged.extend(released.staged)
 
     def read_all(self, session: Session) -> None:
         """Read what was captured incompletely. What one reader finds may give another one something to read."""
@@ -315,6 +366,8 @@ class Level:
                         )
                 if batches:
                     yield delivery, batches
+        if stamp.missing:
+            report_missing(stamp.missing)
 
     def streams(self, delivery: Delivery) -> Iterator[tuple[str, Changes]]:
         """What was captured for each stream of *delivery*."""
@@ -359,8 +412,9 @@ class Buffers:
     txid: str | None = None
     # For the capture: whatever it wants to remember until the root transaction ends.
     notes: Any = None
-    # The root's commit has begun: what a flush adds now is handed over at once, no other hook follows.
+    # The root's commit has begun: what is added now is handed over at once, no other hook follows.
     committing = False
+    _finishing = False
     # Commits that were announced by before_commit and have neither happened nor failed.
     _announced = 0
     _released: SessionTransaction | None = None
@@ -368,7 +422,6 @@ class Buffers:
 
     def __init__(self) -> None:
         self.levels: dict[SessionTransaction, Level] = {}
-        self._staged: list[tuple[Delivery, list[Batch]]] = []
         self._turns: dict[int, tuple[Delivery, Turn]] = {}
 
     def delivery_for(self, session: Session) -> Delivery:
@@ -405,27 +458,50 @@ class Buffers:
         self.committing = True
         self.finish(session)
 
-    def finish(self, session: Session) -> None:
-        """Read, and stage or announce, what the root has so far; again after each flush within the commit."""
-        for level in self.levels.values():
-            level.read_all(session)
-            transactional = False
-            for delivery, streams in level.deliveries():
-                txid(session)  # the commit is too late to ask the database for it, or to say that it cannot be used
-                if delivery.transactional:
-                    transactional = True
-                elif not session.twophase:  # between its two phases lies a time without bound
-                    self._announce(delivery, streams)
-            if transactional:
-                connection = session.connection(bind_arguments={"mapper": level.mapper} if level.mapper else None)
-                for delivery, batches in level.take_batches(txid(session), transactional=True):
-                    delivery.stage(connection, batches)
-                    self._staged.append((delivery, batches))
+    def finish(self, session: Session, *, has_locked: bool = True) -> None:
+        """Read, and stage or announce, what the root has so far; again after whatever is added within the commit.
 
-    def _announce(self, delivery: Delivery, streams: Collection[str]) -> None:
-        _, earlier = self._turns.pop(id(delivery), (delivery, None))
+        Args:
+            has_locked: Rows may have been locked since the last time, for which other transactions had to wait.
+        """
+        if self._finishing:
+            return  # what follows calls the application, which adds something: that is seen to below
+        self._finishing = True
+        try:
+            for level in list(self.levels.values()):
+                self._finish(session, level, has_locked)
+        finally:
+            self._finishing = False
+
+    def _finish(self, session: Session, level: Level, has_locked: bool) -> None:
+        level.read_all(session)
+        transactional = False
+        for delivery, streams in level.deliveries():
+            txid(session)  # the commit is too late to ask the database for it, or to say that it cannot be used
+            if delivery.transactional:
+                transactional = True
+            elif not session.twophase:  # between its two phases lies a time without bound
+                self._announce(delivery, streams, has_locked)
+        if transactional:
+            connection = session.connection(bind_arguments={"bind": _needed_bind(session, self.levels.values())})
+            for delivery, batches in level.take_batches(txid(session), transactional=True):
+                delivery.stage(connection, batches)
+                level.staged.append((delivery, batches))
+
+    def added(self, session: Session, *, has_locked: bool) -> None:
+        """The application added something itself: an event, or the rows of a bulk statement."""
+        # While a flush writes rows its end is to come. After the commit it is too late for anything.
+        if self.committing and not session._warn_on_events and session.is_active:
+            self.finish(session, has_locked=has_locked)
+
+    def _announce(self, delivery: Delivery, streams: Collection[str], has_locked: bool) -> None:
+        _, earlier = self._turns.get(id(delivery), (delivery, None))
         if earlier is not None:
+            if not has_locked and earlier.streams.issuperset(streams):
+                return
+            del self._turns[id(delivery)]
             delivery.withdraw(earlier)  # a later turn on all streams will do: the locks are still held
+            streams = earlier.streams.union(streams)
         turn = delivery.announce(streams)
         if turn is not None:
             self._turns[id(delivery)] = delivery, turn
@@ -450,14 +526,17 @@ class Buffers:
     def root_committed(self, session: Session) -> None:
         """Hand everything over. Never raises: the rows are stored."""
         levels, self.levels = self.levels, {}
-        staged, self._staged = self._staged, []
-        if not levels and not staged:
+        if not levels:
             return
         try:
-            handed = staged
+            handed = [each for level in levels.values() for each in level.staged]
             joined = False
             for level in levels.values():
-                handed.extend(level.take_batches(txid(session)))
+                for delivery, batches in level.take_batches(txid(session)):
+                    if delivery.transactional:
+                        _report_late(batches)
+                    else:
+                        handed.append((delivery, batches))
             if handed:
                 joined = _is_joined(session, levels)
             for delivery, batches in handed:
@@ -469,6 +548,9 @@ class Buffers:
             log.exception("A transaction is stored, but its events could not be handed over")
         finally:
             self._withdraw()
+
+    def use_up_txid(self, session: Session) -> None:
+        """The root has committed: the caller's own id was its, also where only a view has asked for it."""
         if self.txid is not None and session.info.get(TXID_KEY) == self.txid:
             del session.info[TXID_KEY]
 
@@ -509,15 +591,47 @@ class Buffers:
                 level.note_unsent(unsent.Reason.ROLLED_BACK if self._rolled_back else unsent.Reason.CLOSED)
 
 
+def _report_late(batches: Sequence[Batch]) -> None:
+    counters.increment("transactions_lost")
+    log.error(
+        "%d events are not sent, the first for stream %s: they were made when their transaction had just been "
+        "committed, too late for the outbox in its database. Make them before, or when it has ended",
+        sum(len(batch.events) for batch in batches),
+        batches[0].stream,
+    )
+
+
 def _is_joined(session: Session, levels: dict[SessionTransaction, Level]) -> bool:
     """Whether the commit that just ended left its connection inside a transaction that somebody else began."""
-    bind = session.bind
-    if bind is None:
-        mapper = next((level.mapper for level in levels.values() if level.mapper is not None), None)
-        if mapper is None:
-            return False
-        bind = session.get_bind(mapper)
+    bind = session.bind if session.bind is not None else _bind_of(session, levels.values())
     return isinstance(bind, sa.Connection) and bind.in_transaction()
+
+
+def _bind_of(session: Session, levels: Iterable[Level]) -> Bind | None:
+    """The database whose transaction the events of *levels* belong to: that of the first captured row.
+
+    Without any, where the session would write; None if it has several databases, and does not use exactly one of them.
+    """
+    for level in levels:
+        if (bind := level.first_bind) is not None:
+            return bind
+    try:
+        chosen: Bind = session.get_bind(clause=_A_WRITE)
+    except Exception:  # UnboundExecutionError, or whatever a session's own function raises
+        transaction = session.get_transaction()
+        used = {connection for connection, *_ in transaction._connections.values()} if transaction is not None else ()
+        return next(iter(used)) if len(used) == 1 else None
+    return chosen
+
+
+def _needed_bind(session: Session, levels: Iterable[Level]) -> Bind:
+    bind = _bind_of(session, levels)
+    if bind is None:
+        raise UsageError(
+            "This session has several databases, and its transaction has changed no row of a model with streams, so "
+            "nothing tells which of them its events belong to. Give the session a bind= of its own"
+        )
+    return bind
 
 
 def waiting(session: Session) -> Counter[str]:
@@ -577,7 +691,11 @@ def txid(session: AnySession) -> str:
 
 def may_do_io(session: Session, mapper: Mapper[Any] | None = None) -> bool:
     """Whether *session* can execute something here: that of an `AsyncSession` can only in the latter's own calls."""
-    return not session.get_bind(mapper).dialect.is_async or in_greenlet()
+    return _allows_io(session.get_bind(mapper))
+
+
+def _allows_io(bind: Bind) -> bool:
+    return not bind.dialect.is_async or in_greenlet()
 
 
 def _find_txid(session: Session, buffers: Buffers) -> str:
@@ -588,13 +706,13 @@ def _find_txid(session: Session, buffers: Buffers) -> str:
         return own
     if buffers.delivery_for(session).settings.txid_from == "uuid":
         return new_txid()
-    mapper = next((level.mapper for level in buffers.levels.values() if level.mapper is not None), None)
-    if not may_do_io(session, mapper):
+    bind = _needed_bind(session, buffers.levels.values())
+    if not _allows_io(bind):
         raise UsageError(
             'With txid_from="postgres" the txid is asked from the database. Under asyncio call '
             "`await session.run_sync(broadcastable.txid)` first; after that it is known"
         )
-    connection = session.connection(bind_arguments={"mapper": mapper} if mapper else None)
+    connection = session.connection(bind_arguments={"bind": bind})
     if connection.dialect.name != "postgresql":
         raise ConfigurationError(
             f'txid_from="postgres" needs PostgreSQL, but this session is on {connection.dialect.name}. Use "uuid"'
@@ -622,7 +740,9 @@ def defer(session: Session, delivery: Delivery, stream: str, event: ChangeEvent 
         explicit = _Explicit(event.encode())
     else:
         explicit = _Explicit(dataclasses.replace(event, timestamp=None).encode(), unstamped=True)
-    buffers_of(session).level(session).stream(delivery, stream).append(explicit)
+    buffers = buffers_of(session)
+    buffers.level(session).stream(delivery, stream).append(explicit)
+    buffers.added(session, has_locked=False)
 
 
 def confirm_txid(session: AnySession, *streamables: Streamable) -> str:
@@ -647,7 +767,15 @@ def confirm_txid(session: AnySession, *streamables: Streamable) -> str:
     if name:
         marker = ChangeEvent(type=TXID_MARKER_TYPE, key=transaction_id, operation=Operation.DELETE)
         buffers.level(sync).stream(delivery, name).append(_Explicit(marker.encode(), unstamped=True, marker=True))
+        buffers.added(sync, has_locked=False)
     return transaction_id
+
+
+def flushed(session: Session) -> None:
+    """A flush has written its rows, and what the capture makes of them is in the buffers."""
+    buffers: Buffers | None = session.info.get(_BUFFERS_KEY)
+    if buffers is not None and buffers.committing:
+        buffers.finish(session)
 
 
 # Hooks
@@ -666,6 +794,7 @@ def _after_commit(session: Session) -> None:
         buffers.savepoint_released(session, savepoint)
     else:
         buffers.root_committed(session)
+        buffers.use_up_txid(session)
 
 
 def _after_rollback(session: Session) -> None:

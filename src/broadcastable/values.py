@@ -42,7 +42,10 @@ def to_json_value(value: Any) -> Any:
         UnencodableValue: It, or something in it, has no JSON form here.
     """
     convert = _CONVERTERS.get(value.__class__)
-    return convert(value) if convert is not None else _to_json_by_kind(value)
+    try:
+        return convert(value) if convert is not None else _to_json_by_kind(value)
+    except RecursionError:
+        raise UnencodableValue("The value holds itself, or is nested too deep for JSON. Send less of it") from None
 
 
 def _same(value: Any) -> Any:

@@ -28,12 +28,15 @@ class Recorder:
     batches: list[Batch] = field(default_factory=list)
     joined: list[Batch] = field(default_factory=list)
     staged: list[Batch] = field(default_factory=list)
+    staged_in: list[sa.Engine] = field(default_factory=list)
+    """The databases of what was staged."""
     turns: list[Turn] = field(default_factory=list)
     """Announced, and neither committed nor withdrawn."""
 
     def stage(self, connection: sa.Connection, batches: Sequence[Batch]) -> None:
         assert connection.in_transaction()
         self.staged.extend(batches)
+        self.staged_in.append(connection.engine)
 
     def announce(self, streams: Collection[str]) -> Turn:
         assert not self.transactional
@@ -57,6 +60,7 @@ class Recorder:
         self.batches.clear()
         self.joined.clear()
         self.staged.clear()
+        self.staged_in.clear()
 
     # What tests ask
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 
@@ -115,6 +116,49 @@ def test_results_are_what_the_caller_asked_for(session: Session) -> None:
     assert session.execute(sa.delete(Card).where(Card.title.in_(["b", "c"]))).rowcount == 2  # type: ignore[attr-defined]
 
 
+def test_one_set_of_parameters_is_as_good_as_many(session: Session, recorder: Recorder) -> None:
+    """SQLAlchemy gives another result than for one row with `values()`: it does not tell the key."""
+    card = {"title": "z", "board_id": 1}
+    if not session.get_bind().dialect.insert_returning:
+        with pytest.warns(UncapturedBulkStatement, match="no RETURNING"):
+            session.execute(sa.insert(Card), card)
+        return
+    session.execute(sa.insert(Card), card)
+    assert session.scalar(sa.insert(Card).returning(Card.title), card) == "z"
+    session.execute(sa.insert(Card), card, execution_options={"dml_strategy": "orm"})
+    session.execute(sa.insert(Card.__table__), card)
+    session.commit()
+    assert [operation for operation, _ in recorder.by_stream()[CARDS_1]] == ["insert"] * 4
+
+
+def test_dicts_without_keys_are_captured_and_left_as_they_are(session: Session, recorder: Recorder) -> None:
+    cards: list[dict[str, object]] = [{"title": "a", "board_id": 1}, {"title": "b", "board_id": 1, "label": "x"}]
+    given = copy.deepcopy(cards)
+    session.bulk_insert_mappings(Card, cards)  # type: ignore[arg-type]
+    session.bulk_insert_mappings(Card, cards)  # type: ignore[arg-type]
+    session.bulk_insert_mappings(Card, [])  # type: ignore[arg-type]
+    session.bulk_insert_mappings(Card, [{"id": 90, "title": "c", "board_id": 1}])  # type: ignore[arg-type]
+    session.commit()
+    assert cards == given
+    values = {event["key"]: event["value"]["title"] for event in recorder.events(CARDS_1)}
+    assert sorted(values.values()) == ["a", "a", "b", "b", "c"]
+    assert values == {
+        str(key): title for key, title in session.execute(sa.select(Card.id, Card.title).where(Card.id > 3))
+    }
+    assert {operation for operation, _, _ in recorder.summary(CARDS_1)} == {"insert"}
+
+
+def test_dicts_get_the_keys_that_the_caller_wants(session: Session, recorder: Recorder) -> None:
+    cards: list[dict[str, object]] = [{"title": "a", "board_id": 1}]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*before 2.0.32", UncapturedBulkStatement)
+        session.bulk_insert_mappings(Card, cards, return_defaults=True)  # type: ignore[arg-type]
+    session.commit()
+    assert [event["value"]["id"] for event in recorder.events(CARDS_1)] == [
+        str(each["id"]) for each in cards if "id" in each
+    ]
+
+
 def test_rows_moved_in_bulk_leave_the_one_stream_and_reach_the_other(session: Session, recorder: Recorder) -> None:
     session.execute(sa.update(Card).values(board_id=2))
     session.commit()
@@ -164,6 +208,17 @@ def test_nothing_is_captured_of_a_statement_that_fails(session: Session, recorde
         savepoint.rollback()
     session.commit()
     assert recorder.batches == []
+
+
+def test_a_copy_of_a_models_table_is_another_table(session: Session, recorder: Recorder) -> None:
+    copied = Team.__table__.to_metadata(sa.MetaData(), name="old_teams")  # type: ignore[attr-defined]
+    copied.create(session.connection())
+    session.execute(sa.insert(copied).values(id=1, name="old"))
+    session.execute(sa.update(copied).values(name="older"))
+    session.commit()
+    assert recorder.batches == []
+    copied.drop(session.connection())
+    session.commit()
 
 
 def test_statements_on_other_tables_pass(session: Session, recorder: Recorder) -> None:

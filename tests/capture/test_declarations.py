@@ -387,6 +387,9 @@ def test_a_function_that_raises_costs_its_own_event_only(
         (streams_to("parent_id"), "not a relationship"),
         (streams_to("parent.missing", "things"), "Parent has no relationship 'missing'"),
         (streams_to("parent.children"), "does not lead from a foreign key"),
+        (streams_to("live_parent", "things"), "does not lead from a foreign key of Child alone"),
+        (streams_to("first_parent", "things"), "does not lead from a foreign key of Child alone"),
+        (streams_to("either_parent", "things"), "does not lead from a foreign key of Child alone"),
         (streams_to("nowhere.at.all"), "no relationship 'nowhere'"),
         (streams_to("parent", "a//b"), "empty segment"),
         (streams_to("__ds"), "reserves"),
@@ -401,6 +404,7 @@ def test_a_declaration_that_does_not_fit_is_refused_when_mappers_are_configured(
     class Parent(base):
         __tablename__ = "parents"
         id: Mapped[int] = mapped_column(primary_key=True)
+        is_live: Mapped[bool]
         children = relationship("Child", back_populates="parent")
 
     class Child(base, Broadcastable):
@@ -408,7 +412,20 @@ def test_a_declaration_that_does_not_fit_is_refused_when_mappers_are_configured(
         __streams__ = [declaration]  # noqa: RUF012
         id: Mapped[int] = mapped_column(primary_key=True)
         parent_id: Mapped[int] = mapped_column(sa.ForeignKey("parents.id"))
+        other_id: Mapped[int]
         parent = relationship(Parent, back_populates="children")
+        live_parent = relationship(
+            Parent, viewonly=True, primaryjoin=lambda: sa.and_(Child.parent_id == Parent.id, Parent.is_live)
+        )
+        first_parent = relationship(
+            Parent, viewonly=True, primaryjoin=lambda: sa.and_(Child.parent_id == Parent.id, Parent.id == 1)
+        )
+        either_parent = relationship(
+            Parent,
+            viewonly=True,
+            foreign_keys=lambda: [Child.parent_id, Child.other_id],
+            primaryjoin=lambda: sa.or_(Child.parent_id == Parent.id, Child.other_id == Parent.id),
+        )
 
     try:
         with pytest.raises(DeclarationError, match=match):

@@ -468,6 +468,18 @@ def test_the_caller_may_bring_a_txid_for_one_transaction(session: Session, recor
     assert second != first
 
 
+def test_a_txid_that_was_given_out_is_used_up_by_a_commit_without_events(session: Session, recorder: Recorder) -> None:
+    session.info[transactions.TXID_KEY] = "from-the-browser"
+    with session.begin_nested():
+        assert txid(session) == "from-the-browser"
+    assert txid(session) == "from-the-browser"
+    session.commit()
+    change(session, "a")
+    session.commit()
+    (batch,) = recorder.batches
+    assert batch.txid != "from-the-browser"
+
+
 @pytest.mark.parametrize("wrong", ["", 7])
 def test_a_txid_is_text(session: Session, wrong: Any) -> None:
     session.info[transactions.TXID_KEY] = wrong

@@ -199,6 +199,32 @@ def test_a_deleted_stream_is_made_again(relay: Relay, outbox: MemoryOutbox, orig
     assert not outbox.pending()
 
 
+@pytest.mark.parametrize("status", [404, 410])
+def test_a_stream_that_is_gone_again_at_once_is_left_for_later(
+    relay: Relay,
+    outbox: MemoryOutbox,
+    origin: Origin,
+    clock: Clock,
+    status: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A proxy that knows the way for PUT only, for one: making the stream again and again would not help."""
+    put(outbox, 1)
+    relay.deliver(ROOM)
+    put(outbox, 2)
+    origin.faults.extend([answer(status)] * 6)
+    for deliveries in (1, 2, 3):
+        relay.deliver(ROOM)
+        relay.deliver(ROOM)  # not before its pause is over
+        assert origin.count("PUT") == 1 + deliveries
+        assert origin.count("POST") == 1 + 2 * deliveries
+        clock.now += 30
+    assert outbox.pending(ROOM)[0].parked is None
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 2
+    settle(relay, outbox, clock)
+    assert numbers(origin) == [1, 2]
+
+
 def test_a_stream_made_again_by_somebody_else_gets_what_is_new(
     relay: Relay, outbox: MemoryOutbox, origin: Origin, clock: Clock
 ) -> None:

@@ -106,6 +106,34 @@ def test_a_rollback_leaves_nothing(app: sa.Engine, outbox: DatabaseOutbox) -> No
     assert [each.stream for each in outbox.pending()] == ["t"]
 
 
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+@pytest.mark.parametrize("batches", [1, 3])
+def test_a_connection_that_leads_to_a_tenants_schema_leads_the_outbox_nowhere(
+    app: sa.Engine, open_outbox: OpenOutbox, batches: int
+) -> None:
+    """The relay reads one schema: that of its own engine."""
+    with app.begin() as connection:
+        connection.execute(sa.schema.CreateSchema("elsewhere"))
+    outbox, leading = open_outbox(), {"schema_translate_map": {None: "elsewhere"}}
+    for options in ({}, leading, {}):  # one after the other: all have the engine's one cache of statements
+        with app.connect().execution_options(**options) as connection:
+            outbox.stage(connection, [batch("s") for _ in range(batches)])
+            connection.commit()
+    assert [each.batches for each in outbox.pending()] == [3 * batches]
+
+    metadata = sa.MetaData()
+    tables(metadata)
+    tenant = open_engine(app.url, execution_options=leading)
+    metadata.create_all(tenant)
+    of_tenant = DatabaseOutbox(tenant, **LIMITS)
+    for engine in (app, tenant):
+        with engine.begin() as connection:
+            of_tenant.stage(connection, [batch("t") for _ in range(batches)])
+    assert [(each.stream, each.batches) for each in of_tenant.pending()] == [("t", 2 * batches)]
+    assert len(deliver(of_tenant, "t")) == 2 * batches
+    tenant.dispose()
+
+
 @pytest.mark.parametrize(("batches", "expected"), [(0, 0), (1, 1), (2, 1), (1_000, 1), (1_001, 2), (2_500, 3)])
 def test_staging_is_one_statement_for_each_thousand_batches(
     app: sa.Engine, outbox: DatabaseOutbox, statements: list[str], batches: int, expected: int

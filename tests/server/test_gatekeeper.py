@@ -587,7 +587,16 @@ def test_an_origin_may_be_written_otherwise_than_browsers_send_it(given: str) ->
 
 @pytest.mark.parametrize(
     "origin",
-    ["app.example.com", f"{PAGE}/", f"{PAGE}/path", "https://*.example.com", "", "http://a b", f"{PAGE}}}", "https://é"],
+    [
+        "app.example.com",
+        f"{PAGE}/",
+        f"{PAGE}/path",
+        "https://*.example.com",
+        "",
+        "http://a b",
+        f"{PAGE}}}",
+        "https://é",
+    ],
 )
 def test_something_that_is_no_origin_is_refused_at_once(origin: str) -> None:
     with pytest.raises(ConfigurationError, match="allowed_origins"):

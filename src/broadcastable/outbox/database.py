@@ -95,6 +95,10 @@ class DatabaseOutbox:
         self._statements = Statements(found, self._limits)
         self._producer_id = f"{quote(namespace)}-database"
         self._database = engine_or_url
+        # The tables are where the relay reads them. The caller's connection may lead other tables to a tenant's schema.
+        lent = engine_or_url if isinstance(engine_or_url, sa.Engine) and lends_its_pool(engine_or_url) else None
+        own = lent.get_execution_options().get("schema_translate_map") if lent is not None else None
+        self._options = {"schema_translate_map": own or {}}
         self._opened: sa.Engine | None = None
         self._opened_by = 0
         self._opening = threading.Lock()
@@ -183,22 +187,24 @@ class DatabaseOutbox:
     def _insert(self, connection: sa.Connection, rows: Sequence[dict[str, Any]]) -> None:
         for some in _statements(rows):
             if len(some) == 1:
-                connection.execute(self._statements.insert_one, some[0])
+                connection.execute(self._statements.insert_one, some[0], execution_options=self._options)
             elif connection.dialect.name == "postgresql":
                 # Arrays: a tenth of the work of a thousand VALUES for the driver, and one text for any number of rows.
                 names = tuple(some[0])
                 connection.execute(
-                    self._insert_arrays(names), {f"{name}_array": [row[name] for row in some] for name in names}
+                    self._insert_arrays(names),
+                    {f"{name}_array": [row[name] for row in some] for name in names},
+                    execution_options=self._options,
                 )
             elif connection.dialect.insert_executemany_returning:
                 # With RETURNING SQLAlchemy sends all rows in one statement, from a cached text.
                 connection.execute(
                     sa.insert(self._batches).returning(self._batches.c.id),
                     some,
-                    execution_options={"insertmanyvalues_page_size": ROWS_A_STATEMENT},
+                    execution_options={**self._options, "insertmanyvalues_page_size": ROWS_A_STATEMENT},
                 )
             else:
-                connection.execute(sa.insert(self._batches).values(some))
+                connection.execute(sa.insert(self._batches).values(some), execution_options=self._options)
 
     def _insert_arrays(self, names: tuple[str, ...]) -> sa.Insert:
         rows = self._batches.c
