@@ -117,7 +117,8 @@ def find_drift(
 def repair(drift: Drift, durable_streams: DurableStreams) -> str:
     """Append, through the outbox, the events that mend *drift*; the txid that they carry.
 
-    In order with the stream's other events. Where the row changed since, its own later event follows and wins.
+    They say what the look has seen, so send them at once, as each drift is found: where a row changes afterwards, its
+    own event follows and wins. Between the two lies a moment in which a change is written over, so look again.
     """
     txid = new_txid()
     events = [

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.orm import Session
+from sqlalchemy import event
+from sqlalchemy.orm import ORMExecuteState, Session
 
 from broadcastable.cli.application import load
 from broadcastable.durable_streams import current
@@ -84,6 +86,15 @@ def shop(
         del sys.modules[name]
 
 
+@contextmanager
+def listening(target: Any, name: str, listener: Callable[..., None]) -> Iterator[None]:
+    event.listen(target, name, listener)
+    try:
+        yield
+    finally:
+        event.remove(target, name, listener)
+
+
 def by_hand(url: str, *statements: str) -> None:
     engine = sa.create_engine(url)
     with engine.begin() as connection:
@@ -120,6 +131,30 @@ def test_drift_is_found_shown_and_mended(shop: ModuleType, run: Run, sqlite_url:
     assert mended.exit_code == 0, mended.stdout
     assert "3 events were appended" in mended.stdout
     assert run("check", f"{shop.__name__}:Book").exit_code == 0
+
+
+def test_a_row_that_changes_while_other_streams_are_compared_is_not_written_over(
+    shop: ModuleType, run: Run, sqlite_url: str
+) -> None:
+    """What was seen of a stream is mended before the next one is looked at; later events follow it."""
+    by_hand(sqlite_url, "INSERT INTO books VALUES (4, 1, 'Volume 4')", "INSERT INTO books VALUES (5, 2, 'Volume 5')")
+    engine = sa.create_engine(sqlite_url)
+    looks = 0
+
+    def change_before_the_second_stream(execution: ORMExecuteState) -> None:
+        nonlocal looks
+        looks += shop.Book.__table__ in execution.statement.get_final_froms()
+        if looks == 3:  # after one at all streams, and another one at the first
+            looks += 1
+            with Session(engine) as session:
+                session.delete(session.get_one(shop.Book, 4))
+                session.commit()
+
+    with listening(Session, "do_orm_execute", change_before_the_second_stream):
+        mended = run("check", f"{shop.__name__}:Book", "--repair")
+    engine.dispose()
+    assert looks > 3
+    assert mended.exit_code == 0, mended.stdout
 
 
 def test_a_row_that_cannot_be_judged_is_shown_and_is_a_failure(

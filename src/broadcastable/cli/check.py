@@ -41,23 +41,19 @@ def check(
     Finds what nobody could see: raw SQL, triggers, ON DELETE CASCADE, a restored backup. Exits 1 when they differ, or
     when a row cannot be judged; with --repair only when that is still so afterwards.
     """
-    from broadcastable import drift
-
     durable_streams = durable_streams_of(app)
     mapped = load(model)
     if not isinstance(mapped, type):
         raise UsageError(f"{model} is no model class; name one as MODULE:MODEL, such as shop.models:Order")
     with _session(database_url or durable_streams.settings.database_url, durable_streams) as session:
-        found = _look(session, mapped, durable_streams, json=json)
+        found = _look(session, mapped, durable_streams, mend=repair, json=json)
         if not repair or not any(len(each) for each in found):
             _conclude(found, json=json)
-        for each in found:
-            drift.repair(each, durable_streams)
         if not durable_streams.drain(DELIVERED_WITHIN):
             fail(f"The repair was not delivered within {DELIVERED_WITHIN:g} s. Is a worker running?")
         if not json:
             out.print(f"{sum(map(len, found))} events were appended to mend it; looking again.")
-        _conclude(_look(session, mapped, durable_streams, json=json), json=json)
+        _conclude(_look(session, mapped, durable_streams, mend=False, json=json), json=json)
 
 
 def _conclude(found: list[drift.Drift], *, json: bool) -> None:
@@ -73,12 +69,17 @@ def _conclude(found: list[drift.Drift], *, json: bool) -> None:
     raise typer.Exit(1 if found else 0)
 
 
-def _look(session: Session, model: type, durable_streams: DurableStreams, *, json: bool) -> list[drift.Drift]:
+def _look(
+    session: Session, model: type, durable_streams: DurableStreams, *, mend: bool, json: bool
+) -> list[drift.Drift]:
+    """What differs, shown as it is found; with *mend* also mended at once, before the rows can change much."""
     from broadcastable import drift
 
     found = []
     with _bar(f"Comparing the streams of {model.__name__}") as progress:
         for each in drift.find_drift(session, model, durable_streams=durable_streams, progress=progress):
+            if mend:
+                drift.repair(each, durable_streams)
             found.append(each)
             if json:
                 print_json(
