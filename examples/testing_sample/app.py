@@ -81,14 +81,14 @@ async def edit(message_id: int, new: NewMessage, session: SessionOfRequest) -> A
     return await _committed(message, session)
 
 
-@app.post("/rooms/{room_id}/typing", status_code=204)
+@app.post("/rooms/{room_id}/typing", status_code=204, response_model=None)
 async def typing(room_id: int, author: str, session: SessionOfRequest) -> None:
     """Nothing is stored: who types is worth telling, and not worth a row."""
     room = await _room(room_id, session)
     await aio.broadcast_to(room, "typing", author=author)
 
 
-@app.delete("/rooms/{room_id}", status_code=204)
+@app.delete("/rooms/{room_id}", status_code=204, response_model=None)
 async def close_room(room_id: int, session: SessionOfRequest) -> None:
     room = await _room(room_id, session)
     await session.delete(room)

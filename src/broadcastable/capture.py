@@ -53,7 +53,6 @@ def _by_key_of_first(updated: tuple[State, set[str]]) -> Any:
 def _after_flush(session: Session, context: UOWTransaction) -> None:
     plans = [(plan, mapper) for mapper in context.mappers if (plan := plan_of_class(mapper)) is not None]
     if not plans:
-        transactions.flushed(session)
         return
     buffers = buffers_of(session)
     notes = notes_of(buffers)
@@ -65,7 +64,6 @@ def _after_flush(session: Session, context: UOWTransaction) -> None:
         _Flush(notes, level, buffers.delivery_for(session), context).capture(plans)
         notes.settle(session, buffers)
     notes.forget_flush()
-    transactions.flushed(session)
 
 
 class _Flushed:
@@ -474,14 +472,14 @@ _PLAIN: Final = frozenset(
 """Types of values that are no SQL expressions; there are others, they take the longer way."""
 
 
-Hook: TypeAlias = Callable[[Mapper[Any], sa.Connection, State], None]
+Hook: TypeAlias = Callable[[Mapper[Any], Any, State], None]
 
 
 def _harmless(hook: Hook) -> Hook:
     """What is not known afterwards costs events, of which there is a report then, and not the flush."""
 
     @functools.wraps(hook)
-    def wrapped(mapper: Mapper[Any], connection: sa.Connection, state: State) -> None:
+    def wrapped(mapper: Mapper[Any], connection: Any, state: State) -> None:
         try:
             hook(mapper, connection, state)
         except DBAPIError:
@@ -560,7 +558,17 @@ def _before_flush(session: Session, context: UOWTransaction, instances: object) 
     }
     for state in unknown:
         if state.key is not None and state.key[:2] in keys:
-            _before_delete(state.mapper, session.connection(bind_arguments={"mapper": state.mapper}), state)
+            _before_replacement(state.mapper, None, state)
+
+
+@_harmless
+def _before_replacement(mapper: Mapper[Any], connection: Any, state: State) -> None:
+    session = _session_of(state)
+    if session.connection_callable is not None:  # of a session that chooses the database by the record
+        found = session.connection_callable(mapper, state.obj())
+    else:
+        found = session.connection(bind_arguments={"mapper": mapper})
+    _before_delete(mapper, found, state)
 
 
 def _keep_paths(plan: Plan, state: State) -> None:
@@ -629,7 +637,8 @@ def install(model: type) -> None:
     transactions.install()
     if not event.contains(Session, "after_flush", _after_flush):
         event.listen(Session, "before_flush", _before_flush)
-        event.listen(Session, "after_flush", _after_flush)
+        # Before anybody reacts to the flush: those of `transactions` hand over what is found here.
+        event.listen(Session, "after_flush", _after_flush, insert=True)
         event.listen(model, "before_update", _before_update, raw=True, propagate=True)
         event.listen(model, "before_delete", _before_delete, raw=True, propagate=True)
 

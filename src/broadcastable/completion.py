@@ -125,10 +125,10 @@ class RowReader:
             row = rows.get(key_text(identity))
             route = each.route if isinstance(each, Unplaced) else each[0]
             if row is None:  # deleted again, or hidden from us by the database
-                if isinstance(each, Unplaced):
-                    unplaced.append((route.type, key_text(identity)))
-                else:
+                if not isinstance(each, Unplaced):
                     each[1].is_missing = True
+                elif plan.mapper.identity_key_from_primary_key(identity) in session.identity_map:
+                    unplaced.append((route.type, key_text(identity)))  # the session, too, thinks that it is there
                 continue
             try:
                 self._complete(session, level, each, row)
@@ -136,15 +136,7 @@ class RowReader:
                 report_failure(plan.name, key_text(identity), route, error, first=not failures)
                 failures += 1
         if unplaced:
-            self._report_unplaced(level, unplaced)
-
-    def _report_unplaced(self, level: Level, unplaced: list[EntityKey]) -> None:
-        deleted = {underway.entity for underway in level.waiting_for(self._paths) if not underway.change[1]}
-        for _, changes in level.streams(self._delivery):
-            deleted.update(entity for entity, change in changes.items() if not change[1])
-        missing = [entity for entity in unplaced if entity not in deleted]
-        if missing:
-            report_missing(missing)
+            report_missing(unplaced)
 
     def _complete(
         self, session: Session, level: Level, item: tuple[Route, Unread] | Unplaced, row: dict[str, Any]

@@ -557,7 +557,8 @@ def expect_plan(mapper: Mapper[Any]) -> None:
     inherited = mapper.inherits is not None and mapper.inherits.local_table is mapper.local_table
     if isinstance(mapper.local_table, sa.Table) and not inherited:
         info = mapper.local_table.info  # a copy of the table takes it along, so what is in there does not change
-        info[_TABLE_INFO_KEY] = (mapper, *(each for each in info.get(_TABLE_INFO_KEY, ()) if each is not mapper))
+        others = (each for each in info.get(_TABLE_INFO_KEY, ()) if each is not mapper and _is_in_use(each))
+        info[_TABLE_INFO_KEY] = (mapper, *others)
 
 
 def plan_for(mapper: Mapper[Any]) -> Plan | None:
@@ -587,9 +588,14 @@ def plan_of_table(table: Any) -> Plan | None:
     if not isinstance(table, sa.Table):
         return None
     for mapper in table.info.get(_TABLE_INFO_KEY, ()):
-        if mapper.local_table is table and (plan := plan_for(mapper)) is not None:
+        if mapper.local_table is table and _is_in_use(mapper) and (plan := plan_for(mapper)) is not None:
             return plan
     return None
+
+
+def _is_in_use(mapper: Mapper[Any]) -> bool:
+    """Whether its class is still mapped by it: not after `registry.dispose()` or `clear_mappers()`."""
+    return sa.inspect(mapper.class_, raiseerr=False) is mapper
 
 
 def declarations_of(cls: type) -> tuple[StreamDeclaration, ...]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import Mapper, Session, SessionTransaction, scoped_session
+from sqlalchemy.orm import Mapper, Session, SessionTransaction, UOWTransaction, scoped_session
 from sqlalchemy.util.concurrency import in_greenlet
 
 from . import unsent
@@ -412,8 +412,10 @@ class Buffers:
     txid: str | None = None
     # For the capture: whatever it wants to remember until the root transaction ends.
     notes: Any = None
-    # The root's commit has begun: what is added now is handed over at once, no other hook follows.
+    # The root's commit has begun: what is added now is handed over at once where no other hook follows.
     committing = False
+    # A flush has begun, and its end is to come.
+    is_flushing = False
     _finishing = False
     # Commits that were announced by before_commit and have neither happened nor failed.
     _announced = 0
@@ -462,7 +464,8 @@ class Buffers:
         """Read, and stage or announce, what the root has so far; again after whatever is added within the commit.
 
         Args:
-            has_locked: Rows may have been locked since the last time, for which other transactions had to wait.
+            has_locked: Rows may have been locked since the last time, for which other transactions had to wait. Without
+                them there is nothing to keep a place for: events by themselves go in the order of their arrival.
         """
         if self._finishing:
             return  # what follows calls the application, which adds something: that is seen to below
@@ -480,8 +483,8 @@ class Buffers:
             txid(session)  # the commit is too late to ask the database for it, or to say that it cannot be used
             if delivery.transactional:
                 transactional = True
-            elif not session.twophase:  # between its two phases lies a time without bound
-                self._announce(delivery, streams, has_locked)
+            elif has_locked and not session.twophase:  # between its two phases lies a time without bound
+                self._announce(delivery, streams)
         if transactional:
             connection = session.connection(bind_arguments={"bind": _needed_bind(session, self.levels.values())})
             for delivery, batches in level.take_batches(txid(session), transactional=True):
@@ -490,16 +493,22 @@ class Buffers:
 
     def added(self, session: Session, *, has_locked: bool) -> None:
         """The application added something itself: an event, or the rows of a bulk statement."""
-        # While a flush writes rows its end is to come. After the commit it is too late for anything.
-        if self.committing and not session._warn_on_events and session.is_active:
+        if not self.committing or not session.is_active or self._is_seen_to(session):
+            return
+        # A commit that another hook refused leaves the session usable, an asynchronous one outside of its calls too.
+        bind = _bind_of(session, self.levels.values())
+        if bind is None or _allows_io(bind):
             self.finish(session, has_locked=has_locked)
 
-    def _announce(self, delivery: Delivery, streams: Collection[str], has_locked: bool) -> None:
-        _, earlier = self._turns.get(id(delivery), (delivery, None))
+    def _is_seen_to(self, session: Session) -> bool:
+        """Whether `finish` is to come: at the end of the flush under way, or of the one that the commit makes yet."""
+        if session._flushing:
+            return session._warn_on_events or self.is_flushing
+        return not session._is_clean()
+
+    def _announce(self, delivery: Delivery, streams: Collection[str]) -> None:
+        _, earlier = self._turns.pop(id(delivery), (delivery, None))
         if earlier is not None:
-            if not has_locked and earlier.streams.issuperset(streams):
-                return
-            del self._turns[id(delivery)]
             delivery.withdraw(earlier)  # a later turn on all streams will do: the locks are still held
             streams = earlier.streams.union(streams)
         turn = delivery.announce(streams)
@@ -556,6 +565,7 @@ class Buffers:
 
     def rolled_back(self, session: Session) -> None:
         self._announced = 0
+        self.is_flushing = False
         if self.notes is not None:
             self.notes.forget_flush()  # a flush that fails does not reach its end
         if not session.in_nested_transaction():
@@ -771,13 +781,6 @@ def confirm_txid(session: AnySession, *streamables: Streamable) -> str:
     return transaction_id
 
 
-def flushed(session: Session) -> None:
-    """A flush has written its rows, and what the capture makes of them is in the buffers."""
-    buffers: Buffers | None = session.info.get(_BUFFERS_KEY)
-    if buffers is not None and buffers.committing:
-        buffers.finish(session)
-
-
 # Hooks
 
 
@@ -797,6 +800,21 @@ def _after_commit(session: Session) -> None:
         buffers.use_up_txid(session)
 
 
+def _before_flush(session: Session, context: UOWTransaction, instances: object) -> None:
+    buffers: Buffers | None = session.info.get(_BUFFERS_KEY)
+    if buffers is not None:
+        buffers.is_flushing = True
+
+
+def _after_flush(session: Session, context: UOWTransaction) -> None:
+    """Comes after the capture, which puts itself first: what it made of the rows is in the buffers."""
+    buffers: Buffers | None = session.info.get(_BUFFERS_KEY)
+    if buffers is not None:
+        buffers.is_flushing = False
+        if buffers.committing:
+            buffers.finish(session)
+
+
 def _after_rollback(session: Session) -> None:
     buffers: Buffers | None = session.info.get(_BUFFERS_KEY)
     if buffers is not None:
@@ -810,6 +828,8 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
 
 
 _HOOKS = (
+    ("before_flush", _before_flush),
+    ("after_flush", _after_flush),
     ("before_commit", _before_commit),
     ("after_commit", _after_commit),
     ("after_rollback", _after_rollback),

@@ -32,6 +32,8 @@ class Recorder:
     """The databases of what was staged."""
     turns: list[Turn] = field(default_factory=list)
     """Announced, and neither committed nor withdrawn."""
+    without_turn: set[str] = field(default_factory=set)
+    """Streams of which nothing was captured, only said."""
 
     def stage(self, connection: sa.Connection, batches: Sequence[Batch]) -> None:
         assert connection.in_transaction()
@@ -52,7 +54,7 @@ class Recorder:
         if self.transactional:
             assert all(batch in self.staged for batch in batches)
         elif turn is not None:
-            assert {batch.stream for batch in batches} <= turn.streams
+            assert {batch.stream for batch in batches} - self.without_turn <= turn.streams
             self.withdraw(turn)
         (self.joined if joined else self.batches).extend(batches)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
+from sqlalchemy.ext.horizontal_shard import ShardedSession
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, load_only, mapped_column, relationship
 
 from broadcastable import Broadcastable, UsageError, confirm_txid, streams, streams_to, transactions
 from broadcastable.counters import counters
@@ -47,6 +48,15 @@ class Order(Base, Broadcastable):
     state: Mapped[str] = mapped_column(server_default="new")
     shop_id: Mapped[int] = mapped_column(sa.ForeignKey("shops.id"), server_default="1")
     shop: Mapped[Shop] = relationship()
+
+
+class Town(Base, Broadcastable):
+    __tablename__ = "towns"
+    __streams__ = streams_to("towns", old_value=True)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    side: Mapped[str]
+    name: Mapped[str | None]
 
 
 class Note(Base):
@@ -185,6 +195,30 @@ def test_deferred_events_that_belong_to_no_database_are_refused_before_anything_
     other.dispose()
 
 
+def test_a_session_that_chooses_its_database_by_the_record_is_given_the_record(
+    leader: sa.Engine, recorder: Recorder, tmp_path: Path
+) -> None:
+    """Also where a row is read before another one replaces it, which the unit of work tells nobody of."""
+    other = services.open_engine(f"sqlite:///{tmp_path / 'south.db'}")
+    Base.metadata.create_all(other)
+    with other.begin() as connection:
+        connection.execute(sa.insert(Town).values(id=1, side="south", name="Old"))
+    session = ShardedSession(
+        shards={"north": leader, "south": other},
+        shard_chooser=lambda mapper, instance, clause=None: instance.side,
+        identity_chooser=lambda *args, **kw: ["south"],
+        execute_chooser=lambda context: ["south"],
+        info={"durable_streams": recorder},
+    )
+    with session:
+        session.delete(session.get_one(Town, 1, options=[load_only(Town.side)]))
+        session.add(Town(id=1, side="south", name="New"))
+        session.commit()
+    [event] = recorder.events("towns")
+    assert (event["old_value"]["name"], event["value"]["name"]) == ("Old", "New")
+    other.dispose()
+
+
 # Rows that are gone
 
 
@@ -220,3 +254,16 @@ def test_a_row_deleted_again_by_the_session_is_not_missed(
             session.delete(order)
         session.commit()
     assert counters["events_failed"] == before
+
+
+def test_a_row_that_has_another_key_by_now_is_not_missed(
+    leader: sa.Engine, recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Session(leader, info={"durable_streams": recorder}) as session:
+        order = Order(id=1)
+        session.add(order)
+        session.flush()
+        order.id = 44
+        session.commit()
+    assert recorder.by_stream() == {"orders": [("insert", "44")], CHAIN: [("insert", "44")]}
+    assert "is not found" not in caplog.text

@@ -10,9 +10,9 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, registry
 
-from broadcastable import BulkStatementError
+from broadcastable import Broadcastable, BulkStatementError, streams
 from broadcastable.bulk import UncapturedBulkStatement
 from tests import services
 from tests.capture.models import Base, Board, Card, Team
@@ -218,6 +218,24 @@ def test_a_copy_of_a_models_table_is_another_table(session: Session, recorder: R
     session.commit()
     assert recorder.batches == []
     copied.drop(session.connection())
+    session.commit()
+
+
+def test_a_table_of_a_class_that_is_mapped_no_more_is_nobodys(session: Session, recorder: Recorder) -> None:
+    mapped = registry()
+    table = sa.Table("imports", mapped.metadata, sa.Column("id", sa.Integer, primary_key=True))
+
+    class Import(Broadcastable):
+        __streams__ = streams()
+        __stream_bulk__ = "raise"
+
+    mapped.map_imperatively(Import, table)
+    mapped.dispose()
+    table.create(session.connection())
+    session.execute(sa.insert(table).values(id=1))
+    session.commit()
+    assert recorder.batches == []
+    table.drop(session.connection())
     session.commit()
 
 

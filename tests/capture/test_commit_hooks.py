@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -11,11 +12,13 @@ import pytest
 import sqlalchemy as sa
 from dramatiq.brokers.stub import StubBroker
 from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, object_session
 
 from broadcastable import DurableStreams, confirm_txid, transactions
 from broadcastable.counters import counters
 from broadcastable.testing import capture_broadcasts
+from tests import services
 from tests.capture.conftest import populate
 from tests.capture.models import Base, Card
 from tests.capture.recorder import Recorder
@@ -200,13 +203,14 @@ def test_tests_see_no_row_of_a_savepoint_rolled_back_within_the_commit(
     assert [each.value["title"] for each in sent] == ["a"]
 
 
-def test_events_made_one_by_one_take_a_turn_on_their_stream_once(
+def test_events_by_themselves_take_no_turn(
     sqlite_engine: sa.Engine, recorder: Recorder, undo: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each turn may be a round trip to the store; only rows locked since would be worth another."""
+    """Each turn may be a round trip to the store, and only locked rows give others a reason to wait."""
     announced: list[set[str]] = []
     announce = recorder.announce
     monkeypatch.setattr(recorder, "announce", lambda names: (announced.append(set(names)), announce(names))[1])
+    recorder.without_turn = {AUDIT}
 
     def say_often(session: Session) -> None:
         for _ in range(10):
@@ -216,7 +220,56 @@ def test_events_made_one_by_one_take_a_turn_on_their_stream_once(
     with Session(sqlite_engine, info={"durable_streams": recorder}) as session:
         populate(session)
         session.commit()
-    captured = {name for names in announced[:1] for name in names}
-    assert announced == [captured, {*captured, AUDIT}]
+    assert len(announced) == 1
+    assert AUDIT not in announced[0]
     assert recorder.turns == []
     assert len([body for batch in recorder.batches if batch.stream == AUDIT for body in batch.events]) == 10
+
+
+@pytest.mark.parametrize("streams", ["database"], indirect=True)
+def test_what_a_hook_adds_before_the_commits_flush_is_one_batch(
+    session: Session, streams: DurableStreams, undo: ExitStack, engine: sa.Engine
+) -> None:
+    """The flush is to come, and its end takes it all: one statement, and a reader sees all of it at once."""
+
+    def say_often(of: Session) -> None:
+        for _ in range(50):
+            say(of)
+
+    from_hook("before_commit")(session, say_often, undo)
+    seen: list[str] = []
+    event.listen(engine, "before_cursor_execute", lambda c, cursor, statement, *rest: seen.append(statement))
+    session.add(Invoice(id=1))
+    session.commit()
+    assert len([each for each in seen if "broadcastable_outbox" in each]) == 1
+    [pending] = streams.outbox.pending()
+    assert (pending.batches, pending.events) == (1, 50)
+
+
+def test_a_verb_after_a_refused_commit_waits_for_the_next_one(async_database_url: str, undo: ExitStack) -> None:
+    """A verb is no coroutine: under asyncio it must not ask the database, where the next commit does it anyway."""
+    create_tables(async_database_url)
+    refused = [ValueError("not now")]
+
+    def refuse(session: Session) -> None:
+        if refused:
+            raise refused.pop()
+
+    async def main(streams: DurableStreams) -> None:
+        engine = services.open_async_engine(async_database_url)
+        async with AsyncSession(engine, info={"durable_streams": streams}) as session:
+            event.listen(session.sync_session, "before_commit", refuse)
+            session.add(Invoice(id=1))
+            await session.flush()
+            with pytest.raises(ValueError, match="not now"):
+                await session.commit()
+            say(session.sync_session)
+            await session.commit()
+        await engine.dispose()
+
+    engine = services.open_engine(async_database_url)
+    PlainBase.metadata.create_all(engine)
+    engine.dispose()
+    with DurableStreams(broker=StubBroker(), outbox="database", database_url=async_database_url) as streams:
+        asyncio.run(main(streams))
+        assert waiting(streams) == {AUDIT: 1}
