@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote, unquote
@@ -399,6 +400,26 @@ def test_a_read_from_an_offset_that_only_the_app_knows_is_401_when_its_token_exp
         return await asyncio.wait_for(asyncio.gather(*(read.with_app(app) for read in reads)), 8)
 
     assert [read.status for read in asyncio.run(read_all())] == [401] * len(queries)
+
+
+@pytest.mark.parametrize("sends_more", [True, False])
+def test_an_app_that_does_not_hear_of_the_end_sends_nothing_more(sends_more: bool) -> None:
+    """As `asyncio.wait_for` of Python 3.11 does not, where an event comes in the same moment."""
+
+    async def hard_of_hearing(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"early", "more_body": True})
+        with suppress(asyncio.CancelledError):
+            await forever()
+        if sends_more:
+            await send({"type": "http.response.body", "body": b"late", "more_body": True})
+        await forever()
+
+    gatekeeper = gate(hard_of_hearing)
+    got = hold(gatekeeper, path=TARGET, query=b"live=sse", headers=[bearer(soon())])
+    assert got.text == "early"
+    assert got.sent[-1]["more_body"] is False
+    assert gatekeeper.live_reads == 0
 
 
 def test_a_reader_that_leaves_is_forgotten_at_once() -> None:

@@ -24,6 +24,7 @@ from .verdicts import Verdicts, seconds_left
 
 _NEEDED: Final = {"GET": "read", "HEAD": "read", "POST": "write"}
 _READS: Final = frozenset({"GET", "HEAD"})
+_CANCEL_AGAIN_SECONDS: Final = 1.0
 _LAST_WORD_SECONDS: Final = 5.0
 
 MAX_BODY: Final = 8 << 20
@@ -184,9 +185,8 @@ class GatekeeperMiddleware:
                 return await running
         finally:
             self._reads.discard(read)
-            running.cancel()
-            left.cancel()
-            await asyncio.gather(running, left, return_exceptions=True)
+            reply.over = True
+            await _stopped(running, left)
         if left not in done:
             # A reader that has stopped reading would keep even the last word from leaving.
             with suppress(TimeoutError):
@@ -225,8 +225,11 @@ class _Reply:
         self._cors = cors
         self.started = False
         self.complete = False
+        self.over = False
 
     async def send(self, message: Message) -> None:
+        if self.over:
+            raise asyncio.CancelledError  # the app was told so, and has not heard it
         if message["type"] == "http.response.start":
             self.started = True
             message = {**message, "headers": [*map(_kept_private, _without_cors(message)), *self._cors]}
@@ -293,6 +296,20 @@ async def _never() -> Message:
     """What the app hears of its reader's departure: nothing, for it is cancelled instead."""
     forever: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
     return await forever
+
+
+async def _stopped(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel *tasks*, and wait for their end.
+
+    Again after a while: `asyncio.wait_for` of Python 3.11 keeps a cancellation to itself when what it waits for has
+    just come, and an app would wait on for the next event.
+    """
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=_CANCEL_AGAIN_SECONDS)
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _departure(receive: Receive) -> None:
