@@ -345,9 +345,10 @@ def test_keys_rotate_under_a_hundred_live_readers_and_no_event_is_lost_or_repeat
                 renewed.set()
             return signer[0].encode({"stream": STREAM, "permissions": ["read"]}, 2)
 
-        # Idle for less than the five seconds after which uvicorn hangs up. One client for each reader: a pool of a
-        # hundred connections takes its time to find one.
-        options = {"timeout": 30, "verify": ssl.create_default_context(), "limits": httpx.Limits(keepalive_expiry=2)}
+        # Each request on a connection of its own, for one that idles may be closed just as it is used. One client for
+        # each reader: a pool of a hundred connections takes its time to find one.
+        no_pool = httpx.Limits(max_keepalive_connections=0)
+        options = {"timeout": 30, "verify": ssl.create_default_context(), "limits": no_pool}
 
         async def read(reader: int) -> list[int]:
             got: list[int] = []
