@@ -514,18 +514,9 @@ def _before_update(mapper: Mapper[Any], connection: sa.Connection, state: State)
     if (
         plan.wants_old_values
         or any(old is NO_VALUE and name in seen for name, old in committed.items())
-        or _changes_later(plan, mapper, state)
+        or (plan.set_later and not plan.set_later.isdisjoint(committed))
     ):
         _read_before_if_unknown(plan, connection, state)
-
-
-def _changes_later(plan: Plan, mapper: Mapper[Any], state: State) -> bool:
-    """Whether the unit of work sets a foreign key after the hooks (`post_update`), one that is not loaded perhaps."""
-    relationships = mapper.relationships
-    return any(
-        name not in plan.equal and name in relationships and relationships[name].post_update
-        for name in state.committed_state
-    )
 
 
 @_harmless

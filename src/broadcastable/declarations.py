@@ -518,6 +518,11 @@ class Plan:
         )
         self._readers: dict[bool, Callable[[Row], dict[str, Any]]] = {}
 
+    @functools.cached_property
+    def set_later(self) -> frozenset[str]:
+        """Relationships whose foreign keys the unit of work sets after its hooks (`post_update`); mostly none."""
+        return frozenset(each.key for each in self.mapper.relationships if each.post_update)
+
     def reader(self, *, keys_as_strings: bool) -> Callable[[Row], dict[str, Any]]:
         """From a row to its JSON value; see `values.row_reader`."""
         found = self._readers.get(keys_as_strings)
